@@ -1,0 +1,324 @@
+"""Checkpoints: written so that a death at any instant loses nothing, verified when read, never unpickled.
+
+    checkpoints/<run>/config.json, metrics.jsonl, loss.png, status.json
+    checkpoints/<run>/step-00001000/model.safetensors, optimizer.safetensors, state.json, config.json,
+                                    tokenizer.json, manifest.json (size and sha256 of the others)
+
+A checkpoint is a folder with a manifest. It is written under another name, flushed to the disk and then
+renamed, so a folder named step-* is always complete. `load_model` is the one door for all who use a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config import Config, ConfigError, UserError
+from model import GPT
+from tokenizer import Tokenizer
+
+FORMAT = 1
+_STEP_NAME = re.compile(r"step-(\d{8})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+class CheckpointError(UserError):
+    """There is no usable checkpoint, or it does not belong to this run."""
+
+    exit_code = 4
+
+
+class DiskError(UserError):
+    """The run's folder cannot be written."""
+
+    exit_code = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk: its folder, optimizer step and mean validation loss (nats; None: not measured)."""
+
+    path: Path
+    step: int
+    val_loss: float | None
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------
+
+
+def open_run(run_dir: Path) -> IO[str]:
+    """Create a run's folder and lock it; keep the returned file open as long as the run lasts.
+
+    Raises DiskError when it cannot be written, ConfigError when another process holds it. Clears what an
+    interrupted save left behind.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise DiskError(f"cannot write to {run_dir} ({error.strerror}); choose another --train.out_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ConfigError(
+            f"{run_dir} is in use by process {lock.read().strip() or '?'}; stop it or choose another --train.run_name"
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+    for leftover in run_dir.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return lock
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+    config: Config,
+    tokenizer: Tokenizer,
+    val_loss: float | None,
+) -> Path:
+    """Write step-NNNNNNNN and return it; then remove checkpoints that train.keep_checkpoints no longer keeps.
+
+    state: whatever else a resume needs (data position, tokens seen), as JSON. Raises DiskError when there is
+    no room; what was there before is untouched then.
+    """
+    final = run_dir / f"step-{step:08d}"
+    temporary = run_dir / f".tmp-step-{step:08d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(_model_tensors(model), temporary / "model.safetensors")
+        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", state, indent=None)
+        write_json(temporary / "config.json", config.to_dict())
+        write_json(temporary / "tokenizer.json", tokenizer.to_dict(), indent=None)
+        files = {}
+        for path in sorted(temporary.iterdir()):
+            path.chmod(0o644)  # safetensors leaves files that only their owner may read
+            _flush(path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        manifest = {"format": FORMAT, "step": step, "val_loss": val_loss, "files": files}
+        write_json(temporary / "manifest.json", manifest)
+        _flush(temporary / "manifest.json")
+        _flush(temporary)
+        if final.exists():  # a resumed run reached a step that it had saved before
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(run_dir)
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DiskError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from None
+    _remove_old(run_dir, config.train.keep_checkpoints)
+    return final
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    path.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:
+    """status.json: how the run stands or ended, for scripts (launchers do not pass exit codes on)."""
+    partial = run_dir / ".status.json"
+    write_json(partial, {"outcome": outcome, "step": step, **details})
+    partial.replace(run_dir / "status.json")
+
+
+def _model_tensors(model: GPT) -> dict[str, Tensor]:
+    """Weights by name, fp32 on the CPU; a tied head is stored once, as the embedding."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del tensors["head.weight"]
+    return tensors
+
+
+def _optimizer_tensors(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer state as "parameter name/state name", such as "embedding.weight/exp_avg"."""
+    name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{name_of[parameter]}/{key}": value.detach().cpu().contiguous().clone()
+        for optimizer in optimizers
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _remove_old(run_dir: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints and the one with the lowest validation loss."""
+    checkpoints = list_checkpoints(run_dir)
+    measured = [c for c in checkpoints if c.val_loss is not None]
+    best = min(measured, key=lambda c: (c.val_loss, -c.step), default=None)
+    for checkpoint in checkpoints[:-keep]:
+        if checkpoint != best:
+            doomed = run_dir / f".tmp-old-{checkpoint.path.name}"  # half removed is never mistaken for complete
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run, oldest first, by step (never by a clock). Bytes are not verified here."""
+    found = []
+    for path in sorted(run_dir.glob("step-*")):
+        if _STEP_NAME.fullmatch(path.name) and (path / "manifest.json").is_file():
+            manifest = _read_manifest(path)
+            found.append(Checkpoint(path, int(path.name[5:]), manifest.get("val_loss")))
+    return found
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The complete checkpoint with the highest step, if there is one."""
+    return max(list_checkpoints(run_dir), key=lambda c: c.step, default=None)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A step folder as it is, or the newest complete one of a run's folder. Raises CheckpointError."""
+    if (path / "manifest.json").is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no folder {path}; give a run such as checkpoints/demo or one of its step-* folders"
+        )
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(f"{path} holds no complete checkpoint (a step-* folder with a manifest.json)")
+    return newest.path
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every byte with the manifest. Raises CheckpointError naming the first file that differs."""
+    for name, expected in _read_manifest(path)["files"].items():
+        file = path / name
+        if not _FILE_NAME.fullmatch(name) or file.is_symlink():
+            raise CheckpointError(f"{path} has a manifest with the unsafe file name {name!r}")
+        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} is damaged or missing; use an earlier checkpoint of this run")
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    return Config.from_dict(json.loads((path / "config.json").read_text()))
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, Config, int]:
+    """A verified model for generation, evaluation and export: (model in eval mode, tokenizer, config, step).
+
+    path: a run's folder (its newest checkpoint) or a step folder. Raises CheckpointError.
+    """
+    path = find_checkpoint(Path(path))
+    verify_checkpoint(path)
+    config, tokenizer = read_config(path), load_tokenizer(path)
+    with torch.device("meta"):
+        model = GPT(config.model.resolved(tokenizer.n_vocab))
+    model = model.to_empty(device="cpu")
+    model.init_rotary()
+    load_weights(model, path)
+    return model.to(device).eval(), tokenizer, config, int(path.name[5:])
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.from_dict(json.loads((path / "tokenizer.json").read_text()))
+
+
+def load_weights(model: GPT, path: Path) -> None:
+    """Copy a checkpoint's weights into a model of the same shape."""
+    tensors = load_file(path / "model.safetensors")
+    if model.config.tie_embeddings:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds other weights than its config.json says ({error})") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What save_checkpoint got as `state`."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
+
+
+def load_training_state(path: Path, model: GPT, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Put weights and optimizer state back, after verifying every byte."""
+    verify_checkpoint(path)
+    load_weights(model, path)
+    tensors = load_file(path / "optimizer.safetensors")
+    parameter_of = dict(model.named_parameters())
+    for optimizer in optimizers:
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for key, tensor in tensors.items():
+            name, _, state_name = key.rpartition("/")
+            if id(parameter_of[name]) in owned:
+                # Counters such as AdamW's "step" stay where the optimizer wants them: on the device when fused.
+                parameter = parameter_of[name]
+                optimizer.state[parameter][state_name] = tensor.to(parameter.device)
+
+
+def check_same_run(path: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse to resume a run whose model, data or schedule changed. Raises CheckpointError with each change."""
+    saved = read_config(path)
+    changes = []
+    for group, free in (("data", {"cache_dir", "val_tokens"}), ("model", set()), ("train", _FREE_TRAINING_FIELDS)):
+        old, new = dataclasses.asdict(getattr(saved, group)), dataclasses.asdict(getattr(config, group))
+        changes += [f"{group}.{k} {old[k]} -> {new[k]}" for k in old if k not in free and old[k] != new[k]]
+    if load_tokenizer(path).fingerprint != tokenizer.fingerprint:
+        changes.append("the tokenizer's entries")
+    if changes:
+        raise CheckpointError(
+            f"cannot resume {path}: {'; '.join(changes)}. Use the old values, or another --train.run_name for a new run"
+        )
+
+
+# What may change between a run and its continuation without changing what is learned. (Batch size and
+# accumulation may be traded for each other or for devices: train.py checks their product.)
+_FREE_TRAINING_FIELDS = {
+    "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "precision", "compile",
+    "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints",
+}  # fmt: skip
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged; move {path} away") from None
+    if version > FORMAT:
+        raise CheckpointError(f"{path} has format {version}; this code reads up to {FORMAT}: update it")
+    return manifest

@@ -1,0 +1,87 @@
+"""Measure a trained model:  python evals.py <checkpoint>
+
+Held-out loss, perplexity, bits per byte and top-1/top-5 accuracy of each dataset, with standard errors, and
+samples for fixed prompts. The table is printed, and written with the samples to <checkpoint>/../eval.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from config import EvalConfig, exit_code_of, parse_arguments
+
+
+@dataclass
+class Arguments(EvalConfig):
+    """Evaluate a checkpoint on the held-out documents of its own datasets, which it was never trained on."""
+
+    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
+    val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
+    output: str = ""  # where to write the results; empty: eval-<step>.json in the run's folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(Arguments, argv)
+    arguments.validate()
+
+    import torch
+    from tqdm import tqdm
+
+    from checkpoint import find_checkpoint, load_model, write_json
+    from hardware import autocast, default_device, describe
+    from metrics import Score, score_rows
+    from prepare_data import DatasetPrep
+    from sampling import generate_text
+
+    device = default_device()
+    path = find_checkpoint(Path(arguments.checkpoint))
+    model, tokenizer, config, step = load_model(path, device)
+    data_config = dataclasses.replace(config.data, val_tokens=arguments.val_tokens or config.data.val_tokens)
+    data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
+    token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
+
+    print(f"{path} | step {step:,} | {model.parameter_counts()['total'] / 1e6:.1f}M parameters | {describe(device)}\n")
+    scores: dict[str, Score] = {}
+    with autocast(device):
+        for name, rows in data.validation_rows().items():
+            batches = range(0, len(rows), arguments.batch_size)
+            scores[name] = Score.concatenate(
+                [
+                    score_rows(model, rows[i : i + arguments.batch_size], token_byte_length, arguments.batch_size)
+                    for i in tqdm(batches, desc=name, leave=False, disable=None)
+                ]
+            )
+        if len(scores) > 1:
+            scores["all"] = Score.concatenate(list(scores.values()))
+        summaries = {name: score.summary() for name, score in scores.items()}
+        print(table(summaries))
+        settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
+        samples = {prompt: generate_text(model, prompt, tokenizer, settings)[0] for prompt in arguments.prompts}
+    for prompt, text in samples.items():
+        print(f"\n--- {prompt}\n{prompt}{text}")
+
+    results: dict[str, Any] = {"checkpoint": path.name, "step": step, "held_out": summaries, "samples": samples}
+    output = Path(arguments.output) if arguments.output else path.parent / f"eval-{step:08d}.json"
+    write_json(output, results)
+    print(f"\nwritten to {output}")
+    return 0
+
+
+def table(summaries: dict[str, dict[str, float]]) -> str:
+    """A line a dataset: value +- standard error."""
+    columns = (("loss", 3), ("perplexity", 2), ("bits_per_byte", 4), ("top1", 3), ("top5", 3))
+    lines = [f"{'held out':<12}{'tokens':>9}" + "".join(f"{name.replace('_', ' '):>18}" for name, _ in columns)]
+    for dataset, s in summaries.items():
+        cells = (f"{s[name]:.{digits}f} +- {s[name + '_se']:.{digits}f}" for name, digits in columns)
+        lines.append(f"{dataset:<12}{s['tokens']:>9,}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code_of(main))

