@@ -46,9 +46,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
-        # Every process of a distributed run meets the same ConfigError; one of them says so.
-        if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
@@ -214,8 +213,8 @@ class TrainingConfig:
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
     lr: float = 0.02  # peak learning rate of the block matrices; with adamw, of every weight (then 6e-4 or so)
-    embedding_lr: float = 0.3  # peak rate of the embedding at d_model 768, scaled by sqrt(768/d_model); muon only
-    head_lr: float = 0.008  # peak rate of output head and norms at d_model 768, scaled likewise; muon only
+    embedding_lr: float = 0.3  # peak rate of an untied embedding at d_model 768, scaled by sqrt(768/d_model); muon only
+    head_lr: float = 0.008  # peak rate of the output head and the norms at d_model 768, scaled likewise; muon only
     weight_decay: float = 0.1  # decoupled decay of the block matrices, per unit of learning rate
     warmup_tokens: int = 5_000_000  # the learning rate rises linearly over these first tokens
     cooldown_fraction: float = 0.65  # the last part of the run over which the learning rate falls linearly
@@ -302,6 +301,14 @@ class Config:
         for group in (self.data, self.model, self.train, self.generation, self.eval):
             group.validate()
         self.model.resolved(self.data.n_vocab)
+        if not self.resume:  # else the rows per step are those of the saved run: train.py checks when it knows them
+            self.check_layout(world_size)
+        if self.train.max_steps:
+            self.check_length(self.train.max_steps, world_size)
+        return self
+
+    def check_layout(self, world_size: int) -> None:
+        """Raise ConfigError unless this many processes can share the streams, and the streams a step's rows."""
         streams = self.data.n_streams
         if streams % world_size:
             raise ConfigError(
@@ -310,15 +317,13 @@ class Config:
             )
         rows = self.rows_per_step(world_size)
         if rows % streams:
+            rows_at_once = self.train.batch_size * world_size
             raise ConfigError(
                 f"a step has {rows} rows (batch_size {self.train.batch_size} x accumulation "
                 f"{self.train.gradient_accumulation_steps} x {world_size} devices), which must divide by "
                 f"data.n_streams {streams}; try train.gradient_accumulation_steps "
-                f"{math.lcm(self.train.batch_size * world_size, streams) // (self.train.batch_size * world_size)}"
+                f"{math.lcm(rows_at_once, streams) // rows_at_once}"
             )
-        if self.train.max_steps:
-            self.check_length(self.train.max_steps, world_size)
-        return self
 
     def check_length(self, total_steps: int, world_size: int = 1) -> None:
         """Raise ConfigError if the warm-up takes the whole run of so many optimizer steps."""
@@ -366,16 +371,16 @@ PRESETS: dict[str, Config] = {
             run_name="demo",
             batch_size=16,
             gradient_accumulation_steps=1,
-            max_steps=450,
+            max_steps=650,
             warmup_tokens=80_000,
-            eval_every=150,
-            save_every=150,
+            eval_every=325,
+            save_every=325,
         ),
     ),
-    # The size of the smallest GPT-2, 10 billion tokens: about half a day on one 8-GPU box.
+    # The size of the smallest GPT-2, 124M parameters; on 8 GPUs half a million tokens a step, 10 billion in all.
     "gpt2": Config(
         data=DataConfig(current_datasets=("FINEWEB_EDU",), dataset_probabilities=(1.0,)),
-        model=GPTConfig(d_model=768, n_layers=12, n_heads=12),
+        model=GPTConfig(d_model=768, n_layers=12, n_heads=12, tie_embeddings=True),
         train=TrainingConfig(
             run_name="gpt2", batch_size=32, gradient_accumulation_steps=2, max_steps=19_000, warmup_tokens=20_000_000
         ),

@@ -134,14 +134,17 @@ class Meter:
         return values
 
 
-def log_line(step: int, total_steps: int, values: dict[str, float], tokens_left: int) -> str:
-    """One line, fixed order, for people and for grep. values: loss, lr, grad_norm and Meter.read's."""
-    speed = values["tokens_per_second"]
+def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_step: int) -> str:
+    """One line, fixed order, for people and for grep. values: loss, lr, grad_norm and Meter.read's.
+
+    total_steps: where the run is planned to end; one that ends with its last epoch may pass it a little.
+    """
+    total_steps, speed = max(step, total_steps), values["tokens_per_second"]
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps} {100 * step / total_steps:5.1f}%"
         f" | loss {values['loss']:.4f} | lr {values['lr']:.1e} | gnorm {values['grad_norm']:.2f}"
         f" | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s | data {100 * values['data_wait']:.0f}%"
-        f" | eta {duration(tokens_left / speed)}"
+        f" | eta {duration((total_steps - step) * tokens_per_step / speed)}"
     )
 
 

@@ -100,11 +100,10 @@ def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Opt
     else:
         width = math.sqrt(768 / model.config.d_model)
         norms = [p for name, p in model.named_parameters() if "norm" in name]
-        head = [] if model.config.tie_embeddings else [model.head.weight]
-        groups = [
-            {"params": [model.embedding.weight], "lr": config.embedding_lr * width, "betas": (0.8, 0.995)},
-            {"params": [*norms, *head], "lr": config.head_lr * width, "betas": (0.8, 0.96)},
-        ]
+        groups = [{"params": [*norms, model.head.weight], "lr": config.head_lr * width, "betas": (0.8, 0.96)}]
+        if not model.config.tie_embeddings:  # one matrix for both moves like the head
+            embedding = {"params": [model.embedding.weight], "lr": config.embedding_lr * width, "betas": (0.8, 0.995)}
+            groups.append(embedding)
         optimizers = [
             Muon(matrices, lr=config.lr, momentum=0.95, weight_decay=config.weight_decay),
             torch.optim.AdamW(groups, eps=1e-10, weight_decay=0.0, fused=fused),

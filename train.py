@@ -62,7 +62,10 @@ def train(config: Config) -> int:
     c = config.train
     precision = choose_precision(default_device(), c.precision)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[ddp])
+    on_cpu = default_device().type == "cpu"  # then processes talk through gloo
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu, kwargs_handlers=[ddp]
+    )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
     progress = tqdm(disable=not (is_main and sys.stderr.isatty()), unit="step", leave=False)
@@ -86,6 +89,7 @@ def train(config: Config) -> int:
     if state:
         config = keep_rows_per_step(config, state["rows_per_step"], world_size)
         c = config.train
+    config.check_layout(world_size)
     rows_per_step, tokens_per_step = config.rows_per_step(world_size), config.tokens_per_step(world_size)
 
     # ---- data, model, optimizer -----------------------------------------------------------
@@ -133,7 +137,7 @@ def train(config: Config) -> int:
         f"x {config.model.max_length} = {tokens_per_step:,} tokens per step"
     )
     say(f"run       {run_dir}: step {step} to {total_steps:,}, {total_steps * tokens_per_step / 1e6:,.1f}M tokens")
-    if step >= total_steps:
+    if 0 < c.max_steps <= step:
         say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
         return 0
     if is_main:
@@ -182,9 +186,10 @@ def train(config: Config) -> int:
     progress.update(step)
     started = last_save = time.perf_counter()
     meter = Meter()
-    position, saved_step, val_loss = data.state_dict(), step, None
+    position, val_loss = data.state_dict(), None
+    first_step = saved_step = step
     outcome = "complete"
-    while step < total_steps:
+    while c.max_steps == 0 or step < c.max_steps:  # epochs end by themselves: total_steps is about where
         step_started = time.perf_counter()
         waited = data.seconds_waited
         batch = next(data, None)  # None: this process's documents are used up; others may still have some
@@ -232,12 +237,13 @@ def train(config: Config) -> int:
         seconds_trained += seconds
         meter.add(n_targets, seconds, data.seconds_waited - waited)
         progress.update()
-        if step % c.log_every == 0 or step in (saved_step + 1, total_steps):
+        is_end = step == c.max_steps
+        if step % c.log_every == 0 or step == first_step + 1 or is_end:
             values = {"loss": loss, "lr": c.lr * factor, "grad_norm": grad_norm, **meter.read()}
-            say(log_line(step, total_steps, values, (total_steps - step) * tokens_per_step))
+            say(log_line(step, total_steps, values, tokens_per_step))
             record("train", **values, seconds=seconds_trained)
-        val_loss = validate() if step % c.eval_every == 0 or step == total_steps else None
-        if step % c.save_every == 0 or step == total_steps or save_is_due:
+        val_loss = validate() if step % c.eval_every == 0 or is_end else None
+        if step % c.save_every == 0 or is_end or save_is_due:
             save()
             saved_step, last_save = step, time.perf_counter()
 
@@ -268,10 +274,8 @@ def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> C
             f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
             f"{config.train.batch_size} x {world_size} devices; choose another --train.batch_size"
         )
-    accumulation = rows_per_step // rows_at_once
-    return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, gradient_accumulation_steps=accumulation)
-    )
+    train = dataclasses.replace(config.train, gradient_accumulation_steps=rows_per_step // rows_at_once)
+    return dataclasses.replace(config, train=train)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

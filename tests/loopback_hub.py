@@ -10,8 +10,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +32,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     stall: float = 0.0  # seconds of silence before the answer; with drop_after, before the drop
     drop_after: int | None = None  # bytes of the body, then the connection is closed
+    reset: bool = False  # the drop is a reset (RST), as of a crashed proxy, and not an orderly end (FIN)
     truncate_to: int | None = None  # bytes of the body, announced as if they were all
 
 
@@ -45,12 +48,14 @@ class Hub:
 
     endpoint  the URL, for HF_ENDPOINT
     requests  (method, unquoted path, bytes of body sent) of every answer, once it is complete or broken off
+    tokens    what clients sent as Authorization
     faults    called with the path of each request; a Fault replaces or spoils the answer
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.requests: list[tuple[str, str, int]] = []
+        self.tokens: set[str] = set()
         self.faults: Callable[[str], Fault | None] = lambda path: None
         self.connections: set[socket.socket] = set()
         self.closing = threading.Event()
@@ -132,6 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
         path, query = unquote(urlsplit(self.path).path), parse_qs(urlsplit(self.path).query)
+        self.hub.tokens.add(self.headers.get("Authorization", ""))
         fault = self.hub.faults(path) or Fault()
         if self.hub.closing.wait(fault.stall if fault.drop_after is None else 0):
             return
@@ -175,6 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.drop_after is not None:
             self.hub.closing.wait(fault.stall)
             self.close_connection = True
+            if fault.reset:
+                # Closed here, for the server's own way to end a connection begins with a FIN.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
 
 
 # --------------------------------------------------------------------------------------

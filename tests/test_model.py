@@ -1,0 +1,306 @@
+"""The model: what may be seen, the cache, the counts, and that Hugging Face's Qwen3 computes the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import PRESETS, GPTConfig, TrainingConfig
+from model import GPT, KVCache, rotary_tables, rotate
+from optim import build_optimizers
+
+Build = Callable[..., GPT]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"n_kv_heads": 2},
+    "one key head, narrow": {"n_kv_heads": 1, "head_dim": 8},
+    "relu2": {"mlp": "relu2"},
+    "tied": {"tie_embeddings": True},
+}
+every_shape = pytest.mark.parametrize("fields", SHAPES.values(), ids=list(SHAPES))
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cache_for(model: GPT, rows: int, length: int = 32) -> KVCache:
+    return KVCache(model.config, rows, length, torch.device("cpu"), torch.float32)
+
+
+# ---- what may be seen ----------------------------------------------------------------------
+
+
+@every_shape
+@torch.inference_mode()
+def test_a_token_never_sees_the_future(tiny_model: Build, fields: dict[str, Any]):
+    model = tiny_model(**fields)
+    ids = random_ids(2, 12)
+    before = model(ids)
+    for t in range(12):
+        changed = ids.clone()
+        changed[:, t] = (changed[:, t] + 1) % 128
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] - before[:, t:]).abs().amax(dim=2).min() > 1e-4  # and everything later does see it
+
+
+@torch.inference_mode()
+def test_rows_of_a_batch_do_not_see_each_other(tiny_model: Build):
+    model = tiny_model()
+    ids = random_ids(3, 10)
+    assert torch.allclose(model(ids)[1:2], model(ids[1:2]), atol=1e-5)
+
+
+def test_a_context_longer_than_the_models_is_refused(tiny_model: Build):
+    model = tiny_model()
+    assert model(random_ids(1, 32)).shape == (1, 32, 128)
+    with pytest.raises(ValueError, match="33 tokens exceed the model's context of 32"):
+        model(random_ids(1, 33))
+    cache = cache_for(model, 1)
+    model(random_ids(1, 30), cache=cache)
+    with pytest.raises(ValueError, match="33 tokens"):
+        model(random_ids(1, 3), cache=cache)
+
+
+# ---- the cache -----------------------------------------------------------------------------
+
+
+@every_shape
+@torch.inference_mode()
+def test_token_by_token_with_the_cache_equals_one_pass(tiny_model: Build, fields: dict[str, Any]):
+    model = tiny_model(**fields)
+    ids = random_ids(3, 32)
+    cache = cache_for(model, 3)
+    steps = [model(ids[:, t : t + 1], cache=cache) for t in range(32)]
+    assert torch.allclose(torch.cat(steps, dim=1), model(ids), atol=2e-5)
+    assert cache.seen == 32
+
+
+@every_shape
+@pytest.mark.parametrize("chunks", [(5, 1, 7, 3), (1, 15), (16,), (2, 2, 1, 11)], ids=str)
+@torch.inference_mode()
+def test_reading_in_chunks_equals_one_pass(tiny_model: Build, fields: dict[str, Any], chunks: tuple[int, ...]):
+    model = tiny_model(**fields)
+    ids = random_ids(2, 16)
+    cache = cache_for(model, 2, length=16)
+    parts = [model(part, cache=cache) for part in ids.split(chunks, dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=2e-5)
+
+
+@torch.inference_mode()
+def test_one_prompt_is_read_once_for_several_continuations(tiny_model: Build):
+    model = tiny_model(n_kv_heads=2)
+    prompt, continuations = random_ids(1, 6), random_ids(3, 4, seed=1)
+    cache = cache_for(model, 1)
+    model(prompt, cache=cache)
+    cache.repeat(3)
+    whole = model(torch.cat((prompt.expand(3, -1), continuations), dim=1))
+    assert torch.allclose(model(continuations, cache=cache), whole[:, 6:], atol=2e-5)
+
+
+@torch.inference_mode()
+def test_last_only_gives_the_last_positions_logits(tiny_model: Build):
+    model, ids = tiny_model(), random_ids(2, 9)
+    assert torch.allclose(model(ids, last_only=True), model(ids)[:, -1:], atol=1e-5)
+
+
+# ---- the loss ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
+def test_the_loss_of_a_fresh_model_is_ln_v(mlp: Any):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(d_model=64, n_layers=2, n_heads=4, max_length=32, mlp=mlp).resolved(1000))
+    ids = torch.randint(1000, (8, 32))
+    loss = model(ids, targets=torch.randint(1000, (8, 32))).item() / ids.numel()
+    assert loss == pytest.approx(math.log(model.config.vocab_size), abs=0.01)
+
+
+def test_the_loss_is_the_sum_of_nats_of_the_targets_that_count(tiny_model: Build):
+    model, ids, targets = tiny_model(), random_ids(2, 8), random_ids(2, 8, seed=1)
+    nats = -F.log_softmax(model(ids), dim=2).gather(2, targets[..., None])[..., 0]
+    masked = targets.clone()
+    masked[0, 3:] = masked[1, ::2] = -1
+    assert model(ids, targets).item() == pytest.approx(nats.sum().item(), rel=1e-5)
+    assert model(ids, masked).item() == pytest.approx(nats[masked >= 0].sum().item(), rel=1e-5)
+    assert model(ids, targets).dtype == torch.float32
+    assert model(ids, targets).shape == ()
+
+
+def test_targets_of_minus_one_pull_at_nothing(tiny_model: Build):
+    model, ids = tiny_model(), random_ids(2, 8)
+    loss = model(ids, torch.full_like(ids, -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("muon", 0.02), ("adamw", 6e-3)])
+def test_one_batch_is_learned_by_heart(optimizer: Any, lr: float):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(d_model=32, n_layers=2, n_heads=4, max_length=32).resolved(128))
+    optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, lr=lr))
+    ids = random_ids(2, 17)
+    for _ in range(50):
+        loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        loss.backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    assert loss.item() < 0.1
+
+
+# ---- the counts ----------------------------------------------------------------------------
+
+
+@every_shape
+def test_parameter_counts_are_the_built_models(tiny_model: Build, fields: dict[str, Any]):
+    model = tiny_model(**fields)
+    counts = model.parameter_counts()
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    assert counts["total"] == sum(n for part, n in counts.items() if part != "total")
+    assert counts["norms"] == sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert counts["head"] == (0 if fields.get("tie_embeddings") else model.head.weight.numel())
+
+
+def test_the_default_model_has_38_6_million_parameters():
+    config = PRESETS["fineweb"]
+    with torch.device("meta"):
+        model = GPT(config.model.resolved(config.data.n_vocab))
+    assert model.parameter_counts()["total"] == sum(p.numel() for p in model.parameters()) == 38_610_176
+
+
+@every_shape
+def test_flops_per_token_are_those_that_torch_counts(tiny_model: Build, fields: dict[str, Any]):
+    """Torch counts what the math backend multiplies, masked or not: T keys for each query. Ours has the (T + 1) / 2
+    that a causal query sees on average; a difference of 2 products x 2 FLOPs x (T - 1) / 2 keys x H K numbers."""
+    model, rows, T = tiny_model(**fields), 3, 24
+    c = model.config
+    masked = 2 * c.n_layers * c.n_heads * c.head_dim * (T - 1)
+    ids = random_ids(rows, T)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model(ids, ids)
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert forward == rows * T * (model.flops_per_token(T, training=False) + masked)
+    assert counter.get_total_flops() == rows * T * (model.flops_per_token(T) + 3 * masked)
+
+
+def test_flops_per_token_are_those_of_a_full_context_unless_told(tiny_model: Build):
+    model = tiny_model()
+    assert model.flops_per_token() == model.flops_per_token(32) > model.flops_per_token(16)
+
+
+@every_shape
+def test_block_matrices_are_all_matrices_of_the_blocks_cut_into_whole_rows(tiny_model: Build, fields: dict[str, Any]):
+    model = tiny_model(**fields)
+    matrices = model.block_matrices()
+    assert {id(p) for p, _ in matrices} == {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    assert all(sum(rows) == p.size(0) for p, rows in matrices)
+
+
+# ---- rotary positions ----------------------------------------------------------------------
+
+
+def test_rotating_keeps_norms():
+    x = torch.randn(2, 32, 4, 16, generator=torch.Generator().manual_seed(0))
+    rotated = rotate(x, *rotary_tables(16, 32, 10_000.0))
+    assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(rotated[:, 0], x[:, 0])  # position 0 turns nothing
+    assert not torch.allclose(rotated[:, 1], x[:, 1])
+
+
+def test_rotated_products_depend_only_on_the_distance():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)  # the same query and key at every position
+    tables = rotary_tables(16, 32, 10_000.0)
+    q, k = (rotate(x.expand(1, 32, 1, 16), *tables)[0, :, 0] for x in (q, k))
+    products = q @ k.T  # (32 queries, 32 keys)
+    for distance in range(-31, 32):
+        diagonal = products.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[:1], atol=1e-5)
+    assert products[0].std() > 0.1  # and on the distance they do depend
+
+
+def test_the_tables_of_positions_are_not_saved(tiny_model: Build):
+    assert not {"cos", "sin"} & set(tiny_model().state_dict())
+
+
+# ---- the exportable block --------------------------------------------------------------------
+
+
+def hugging_face_weights(model: GPT, norms: tuple[str, str]) -> dict[str, Tensor]:
+    """The model's weights under Hugging Face's names, what is fused split apart. norms: names of a block's two."""
+    c, own = model.config, model.state_dict()
+    theirs = {"model.embed_tokens.weight": own["embedding.weight"], "model.norm.weight": own["final_norm.weight"]}
+    theirs["lm_head.weight"] = own["head.weight"]
+    for i in range(c.n_layers):
+        ours, block = f"blocks.{i}.", f"model.layers.{i}."
+        attention = own[ours + "attention.wqkv.weight"].split(
+            [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+        )
+        for name, weight in zip("qkv", attention, strict=True):
+            theirs[f"{block}self_attn.{name}_proj.weight"] = weight
+        theirs[block + "self_attn.o_proj.weight"] = own[ours + "attention.wo.weight"]
+        theirs[block + "self_attn.q_norm.weight"] = own[ours + "attention.q_norm.weight"]
+        theirs[block + "self_attn.k_norm.weight"] = own[ours + "attention.k_norm.weight"]
+        parts = ("gate", "up") if c.mlp == "swiglu" else ("up",)
+        for name, weight in zip(parts, own[ours + "mlp.w_up.weight"].chunk(len(parts)), strict=True):
+            theirs[f"{block}mlp.{name}_proj.weight"] = weight
+        theirs[block + "mlp.down_proj.weight"] = own[ours + "mlp.w_down.weight"]
+        theirs[f"{block}{norms[0]}.weight"] = own[ours + "attention_norm.weight"]
+        theirs[f"{block}{norms[1]}.weight"] = own[ours + "mlp_norm.weight"]
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_kv_heads": 2, "head_dim": 24},
+        {"tie_embeddings": True, "n_kv_heads": 1},
+        {"norm_eps": 1e-3, "rope_base": 500.0},
+        {"mlp": "relu2", "n_kv_heads": 2},
+    ],
+    ids=lambda fields: ", ".join(fields) or "plain",
+)
+@torch.inference_mode()
+def test_hugging_face_computes_the_same_logits(tiny_model: Build, fields: dict[str, Any]):
+    from transformers import ApertusConfig, ApertusForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    model = tiny_model(n_layers=3, **fields)
+    c = model.config
+    common: dict[str, Any] = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_length,
+        "rms_norm_eps": c.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    if c.mlp == "swiglu":
+        theirs = Qwen3ForCausalLM(Qwen3Config(**common))
+        weights = hugging_face_weights(model, ("input_layernorm", "post_attention_layernorm"))
+    else:
+        theirs = ApertusForCausalLM(ApertusConfig(**common, hidden_act="relu2"))
+        weights = hugging_face_weights(model, ("attention_layernorm", "feedforward_layernorm"))
+    theirs.load_state_dict(weights)
+    ids = random_ids(2, 32)
+    ours = model(ids)
+    assert ours.std() > 0.5  # there is something to compare
+    assert (theirs.eval()(ids).logits - ours).abs().max() < 1e-4

@@ -1,0 +1,223 @@
+"""Muon, the parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from config import TrainingConfig
+from model import GPT
+from optim import Muon, build_optimizers, lr_factor_at, orthogonalize, set_learning_rates
+
+Build = Callable[..., GPT]
+Matrices = list[tuple[Tensor, tuple[int, ...]]]
+
+
+def with_singular_values(n: int, rows: int, columns: int, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v with orthonormal columns, and u diag(s) v^T for s from 1 down to `smallest`; n of each."""
+    generator, k = torch.Generator().manual_seed(0), min(rows, columns)
+    u = torch.linalg.qr(torch.randn(n, rows, k, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(n, columns, k, generator=generator))[0]
+    return u, v, (u * torch.logspace(0, math.log10(smallest), k)) @ v.mT
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(value: Tensor, gradient: Tensor) -> Tensor:
+    weight = torch.nn.Parameter(value.clone())
+    weight.grad = gradient.clone()
+    return weight
+
+
+# ---- orthogonalize -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("smallest", [0.5, 0.03, 0.01])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 64), (2, 64, 16), (1, 128, 128), (1, 1, 64), (1, 64, 1)], ids=str)
+def test_orthogonalize_brings_all_singular_values_near_one(
+    shape: tuple[int, int, int], smallest: float, scale: float
+):
+    _, _, x = with_singular_values(*shape, smallest)
+    values = torch.linalg.svdvals(orthogonalize(scale * x).float())
+    assert values.min() > 0.7
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 48), (2, 48, 16)], ids=str)
+def test_orthogonalize_keeps_the_singular_vectors(shape: tuple[int, int, int]):
+    u, v, x = with_singular_values(*shape, smallest=0.1)
+    core = u.mT @ orthogonalize(x).float() @ v  # diagonal, if the vectors are kept
+    assert (core - torch.diag_embed(core.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+def test_orthogonalizing_a_batch_equals_one_by_one():
+    x = random(5, 24, 40)
+    single = torch.cat([orthogonalize(matrix[None]) for matrix in x])
+    assert torch.allclose(orthogonalize(x).float(), single.float(), atol=0.02)  # bf16
+
+
+def test_orthogonalizing_zeros_gives_zeros():
+    assert not orthogonalize(torch.zeros(2, 4, 8)).any()
+
+
+# ---- Muon ----------------------------------------------------------------------------------
+
+
+def run_muon(matrices: Matrices, gradients: list[list[Tensor]]) -> None:
+    optimizer = Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.5)
+    for step in gradients:
+        for (weight, _), gradient in zip(matrices, step, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rows", [(16, 16, 16), (16, 8, 8), (40, 40)], ids=str)
+def test_muon_treats_fused_matrices_as_separate_ones(rows: tuple[int, ...]):
+    start, gradients = random(sum(rows), 24), [random(sum(rows), 24, seed=s) for s in (1, 2, 3)]
+    fused = torch.nn.Parameter(start.clone())
+    split = [torch.nn.Parameter(part.clone()) for part in start.split(rows)]
+    run_muon([(fused, rows)], [[g] for g in gradients])
+    run_muon([(p, (p.size(0),)) for p in split], [list(g.split(rows)) for g in gradients])
+    assert torch.allclose(fused, torch.cat(split), atol=2e-3)
+    whole = torch.nn.Parameter(start.clone())
+    run_muon([(whole, (sum(rows),))], [[g] for g in gradients])
+    assert (whole - fused).abs().max() > 0.02  # as one matrix it would be another step
+
+
+def test_muon_moves_matrices_of_one_shape_together_as_it_moves_each_alone():
+    starts, gradients = random(4, 24, 16), random(4, 24, 16, seed=1)
+    together = [torch.nn.Parameter(start.clone()) for start in starts]
+    run_muon([(p, (24,)) for p in together], [list(gradients)])
+    for start, gradient, moved in zip(starts, gradients, together, strict=True):
+        alone = torch.nn.Parameter(start.clone())
+        run_muon([(alone, (24,))], [[gradient]])
+        assert torch.allclose(alone, moved, atol=2e-3)
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((16, 64), 1.0), ((64, 16), 2.0), ((32, 32), 1.0)], ids=str)
+def test_a_step_of_muon_has_size_lr_whatever_the_gradients_scale(shape: tuple[int, int], scale: float):
+    _, _, gradient = with_singular_values(1, *shape, smallest=0.1)
+    for factor in (1e-4, 1.0, 1e3):
+        weight = weight_of(torch.zeros(shape), factor * gradient[0])
+        Muon([(weight, (shape[0],))], lr=0.02, momentum=0.95, weight_decay=0.1).step()
+        values = torch.linalg.svdvals(weight.detach()) / (0.02 * scale)  # tall: sqrt(rows / columns) larger
+        assert 0.7 < values.min() <= values.max() < 1.3
+        assert (weight.detach() * gradient[0]).sum() < 0  # downhill
+
+
+def test_muons_decay_is_decoupled_and_per_unit_of_lr():
+    weight = weight_of(torch.ones(8, 8), torch.zeros(8, 8))
+    Muon([(weight, (8,))], lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    assert torch.allclose(weight, torch.full((8, 8), 0.95))
+
+
+# ---- the groups ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"mlp": "relu2", "n_kv_heads": 2}], ids=str)
+def test_every_parameter_is_in_exactly_one_group(tiny_model: Build, fields: dict[str, Any], optimizer: Any):
+    model = tiny_model(**fields)
+    optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, lr=1e-3))
+    owned = [id(p) for each in optimizers for group in each.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+
+
+def test_adamw_is_one_optimizer_with_one_rate_that_decays_only_the_matrices_of_the_blocks(tiny_model: Build):
+    model = tiny_model()
+    (optimizer,) = build_optimizers(model, TrainingConfig(optimizer="adamw", lr=1e-3, weight_decay=0.2))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    matrices = {id(p) for p, _ in model.block_matrices()}
+    for group in optimizer.param_groups:
+        assert group["lr"] == group["peak_lr"] == 1e-3
+        assert all(group["weight_decay"] == (0.2 if id(p) in matrices else 0) for p in group["params"])
+
+
+def test_with_muon_the_other_rates_shrink_with_the_square_root_of_the_width(tiny_model: Build):
+    config = TrainingConfig(lr=0.02, embedding_lr=0.3, head_lr=0.008)
+    model = tiny_model(d_model=192)  # 768 / 4, so twice the rates
+    muon, adamw = build_optimizers(model, config)
+    assert isinstance(muon, Muon)
+    assert [group["peak_lr"] for group in muon.param_groups] == [0.02]
+    rates = {id(p): group["peak_lr"] for group in adamw.param_groups for p in group["params"]}
+    assert rates[id(model.embedding.weight)] == pytest.approx(0.6)
+    assert rates[id(model.head.weight)] == rates[id(model.final_norm.weight)] == pytest.approx(0.016)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_parameters_without_a_gradient_stay_where_they_are(tiny_model: Build, optimizer: Any):
+    model = tiny_model()
+    optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, lr=1e-3))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for each in optimizers:
+        each.step()  # no parameter has one
+    used = {"blocks.0.attention.wo.weight", "head.weight"}
+    for name, p in model.named_parameters():
+        p.grad = torch.ones_like(p) if name in used else None
+    for each in optimizers:
+        each.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == used
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_gradient_of_zero_moves_nothing_and_breaks_nothing(tiny_model: Build, optimizer: Any):
+    model = tiny_model()
+    optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, lr=1e-3, weight_decay=0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for each in optimizers:
+        each.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ---- the schedule --------------------------------------------------------------------------
+
+
+def schedule(total: int, warmup: int, **fields: Any) -> list[float]:
+    return [lr_factor_at(step, total, warmup, TrainingConfig(**fields)) for step in range(total + 1)]
+
+
+def test_the_rate_warms_up_linearly_stays_and_falls_linearly():
+    factors = schedule(100, 10, cooldown_fraction=0.5, final_lr_fraction=0.1)
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10:51] == [1.0] * 41
+    assert factors[51:] == pytest.approx([1 - 0.9 * step / 50 for step in range(1, 51)])
+    assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("total", [1, 2, 20, 333])
+@pytest.mark.parametrize("warmup", [0, 1, 19])
+@pytest.mark.parametrize("cooldown", [0.0, 0.3, 0.65, 1.0])
+@pytest.mark.parametrize("final", [0.0, 0.05, 1.0])
+def test_the_rate_is_always_above_zero_and_never_above_its_peak(
+    total: int, warmup: int, cooldown: float, final: float
+):
+    factors = schedule(total, min(warmup, total - 1), cooldown_fraction=cooldown, final_lr_fraction=final)
+    assert all(0 < factor <= 1 for factor in factors[:-1])
+    assert factors[-1] == pytest.approx(final if cooldown else 1)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.05])
+def test_after_the_end_the_rate_stays(final: float):
+    config = TrainingConfig(final_lr_fraction=final)
+    assert [lr_factor_at(step, 50, 5, config) for step in (50, 51, 1000)] == pytest.approx([final] * 3)
+
+
+def test_set_learning_rates_scales_every_groups_peak(tiny_model: Build):
+    optimizers = build_optimizers(tiny_model(), TrainingConfig())
+    groups = [group for each in optimizers for group in each.param_groups]
+    peaks = [group["peak_lr"] for group in groups]
+    assert len(set(peaks)) == 3
+    for factor in (0.5, 1.0, 0.25):  # each from the peak, not from the rate before
+        set_learning_rates(optimizers, factor)
+        assert [group["lr"] for group in groups] == [factor * peak for peak in peaks]
+    assert [group["peak_lr"] for group in groups] == peaks

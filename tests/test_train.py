@@ -1,0 +1,267 @@
+"""Runs as a user starts them: real processes, real files, killed and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FP32 = ("--train.precision", "fp32")
+
+
+class Runs:
+    """Starts train.py --preset smoke in a folder of its own; the tokenizer's cache is shared by the session."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self._cache = folder, cache
+
+    def command(self, name: str, *options: str, processes: int = 1) -> list[str]:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+        train = [str(ROOT / "train.py"), "--preset", "smoke", "--train.no_compile", "--train.run_name", name]
+        places = ["--train.out_dir", str(self.folder), "--data.cache_dir", str(self._cache)]
+        return [sys.executable, *launcher, *train, *places, *options]
+
+    def start(self, name: str, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+        # One thread each: the runs are tiny, and the same number of threads gives the same bits.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        command = self.command(name, *options, processes=processes)
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def __call__(self, name: str, *options: str, processes: int = 1, code: int = 0) -> tuple[str, str]:
+        process = self.start(name, *options, processes=processes)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def losses(self, name: str) -> list[float]:
+        records = self.records(name)
+        return [r["loss"] for r in records if r["kind"] == "train"]
+
+    def records(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.folder / name / f"step-{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> str:
+    """An uninterrupted run of 20 steps."""
+    out, _ = runs("whole")
+    return out
+
+
+def weights(path: Path) -> bytes:
+    return (path / "model.safetensors").read_bytes() + (path / "optimizer.safetensors").read_bytes()
+
+
+def assert_same_training(runs: Runs, one: str, other: str) -> None:
+    """The same mathematics up to rounding, which the bf16 orthogonalisation of Muon amplifies as training goes on."""
+    ours, theirs = ([r for r in runs.records(name) if r["kind"] == "train"] for name in (one, other))
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-6)
+    assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-4)  # optimizers hide a wrong scale
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=2e-3)
+
+
+def test_a_run_leaves_what_its_help_promises(runs: Runs, whole: str) -> None:
+    folder = runs.folder / "whole"
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "loss.png", "status.json"}
+    assert json.loads((folder / "status.json").read_text()) == {"outcome": "complete", "step": 20}
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000010", "step-00000020"]
+    assert "step 20/20 100.0% | loss " in whole
+    assert "256 tokens per step" in whole
+
+
+def test_the_loss_falls(runs: Runs, whole: str) -> None:
+    losses = runs.losses("whole")
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(np.log(512), abs=0.05)  # a fresh model knows nothing
+    assert np.mean(losses[-3:]) < losses[0] - 1
+
+
+def test_the_same_command_gives_the_same_bits(runs: Runs, whole: str) -> None:
+    runs("again")
+    assert weights(runs.checkpoint("again", 20)) == weights(runs.checkpoint("whole", 20))
+
+
+def test_train_20_equals_train_11_killed_and_resumed_for_9(runs: Runs, whole: str) -> None:
+    process = runs.start("killed", "--train.save_every", "11", "--train.max_steps", "20")
+    deadline = time.monotonic() + 120
+    while not runs.checkpoint("killed", 11).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert not runs.checkpoint("killed", 20).exists(), "it was faster than the kill; this run shows nothing"
+    out, _ = runs("killed", "--train.save_every", "11", "--resume")
+    assert "step 11 to 20" in out
+    assert weights(runs.checkpoint("killed", 20)) == weights(runs.checkpoint("whole", 20))
+    assert runs.losses("killed") == runs.losses("whole")  # each step once, with the same bits
+
+
+def test_sigterm_saves_and_exits_75_and_resume_gives_the_same_bits(runs: Runs, whole: str) -> None:
+    process = runs.start("stopped")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step  5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    status = json.loads((runs.folder / "stopped" / "status.json").read_text())
+    assert status["outcome"] == "stopped"
+    assert 5 <= status["step"] < 20
+    assert runs.checkpoint("stopped", status["step"]).exists()
+    runs("stopped", "--resume")
+    assert weights(runs.checkpoint("stopped", 20)) == weights(runs.checkpoint("whole", 20))
+
+
+def test_accumulation_equals_one_big_batch(runs: Runs) -> None:
+    runs("big", *FP32)
+    runs("accumulated", *FP32, "--train.batch_size", "1", "--train.gradient_accumulation_steps", "4")
+    assert_same_training(runs, "accumulated", "big")
+
+
+def test_two_processes_equal_one_and_hand_over_to_one(runs: Runs) -> None:
+    if not (runs.folder / "big").exists():
+        runs("big", *FP32)
+    options = (*FP32, "--train.batch_size", "2", "--train.save_every", "7")
+    runs("two", *options, processes=2)
+    assert_same_training(runs, "two", "big")
+    # The same rows per step on one device: accumulation makes up for the other one.
+    out, _ = runs("two", *options, "--train.max_steps", "22", "--resume")
+    assert "2 rows x 2 accumulated x 1 devices" in out
+    assert runs.records("two")[-1]["tokens"] == 22 * 256
+
+
+def test_a_finished_run_says_so_and_changes_nothing(runs: Runs, whole: str) -> None:
+    before = weights(runs.checkpoint("whole", 20))
+    out, _ = runs("whole", "--resume")
+    assert "complete at step 20; nothing to do" in out
+    assert weights(runs.checkpoint("whole", 20)) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(runs: Runs, whole: str) -> None:
+    _, err = runs("whole", code=2)
+    assert err.strip().count("\n") == 0
+    assert "--resume" in err
+    assert "--train.run_name" in err
+
+
+def test_resume_refuses_another_model_naming_old_and_new(runs: Runs, whole: str) -> None:
+    _, err = runs("whole", "--resume", "--model.n_layers", "3", code=4)
+    assert "model.n_layers 2 -> 3" in err
+    assert "Traceback" not in err
+
+
+def test_resume_refuses_other_data(runs: Runs, whole: str) -> None:
+    _, err = runs("whole", "--resume", "--data.seed", "5", code=4)
+    assert "data.seed 1337 -> 5" in err
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_refused(runs: Runs) -> None:
+    runs("flipped", "--train.max_steps", "4", "--train.warmup_tokens", "0")
+    path = runs.checkpoint("flipped", 4) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    _, err = runs("flipped", "--train.max_steps", "6", "--train.warmup_tokens", "0", "--resume", code=4)
+    assert "model.safetensors is damaged" in err
+
+
+def test_a_diverging_run_stops_before_the_update_and_exits_5(runs: Runs) -> None:
+    options = ("--train.lr", "1e30", "--train.max_grad_norm", "0", "--train.warmup_tokens", "0")
+    _, err = runs("diverging", *options, code=5)
+    assert "this step was neither applied nor saved" in err
+    assert json.loads((runs.folder / "diverging" / "status.json").read_text())["outcome"] == "non-finite"
+
+
+def test_epochs_end_the_run_when_the_documents_are_used_up(runs: Runs, tmp_path: Path) -> None:
+    documents = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"document {i} says " + "word " * (20 + i % 50)}) for i in range(200)]
+    documents.write_text("\n".join(lines))
+    local = (
+        "--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.local_files", str(documents),
+        "--data.bpe_vocab_size", "300", "--train.max_steps", "0", "--train.warmup_tokens", "300", "--train.epochs",
+    )  # fmt: skip
+    tokens = []
+    for epochs in ("1", "2"):
+        out, _ = runs(f"epochs{epochs}", *local, epochs)
+        tokens.append(runs.records(f"epochs{epochs}")[-1]["tokens"])
+        assert "complete at step" in out
+    # 4 streams: each stream's first token is no target; all others are, in each epoch.
+    assert tokens[1] + 4 == 2 * (tokens[0] + 4)
+
+
+def test_the_default_preset_without_a_hub_says_so_in_one_line_and_15_seconds(tmp_path: Path) -> None:
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    started = time.monotonic()
+    command = [sys.executable, str(ROOT / "train.py"), "--train.out_dir", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert time.monotonic() - started < 15
+    assert len(done.stderr.strip().splitlines()) == 1
+    for hint in ("--preset demo", "LOCAL", "HF_ENDPOINT", "HF_TOKEN"):
+        assert hint in done.stderr
+
+
+def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> None:
+    def script(name: str, *options: str, code: int = 0) -> tuple[str, str]:
+        command = [sys.executable, str(ROOT / name), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout, done.stderr
+
+    run = str(runs.folder / "whole")
+    greedy = [script("generate.py", run, "--prompt", "The people", "--temperature", "0")[0] for _ in range(2)]
+    assert greedy[0] == greedy[1]
+    assert greedy[0].startswith("The people")
+    step, _ = script("generate.py", run + "/step-00000010", "--prompt", "The people", "--temperature", "0")
+    assert step != greedy[0]
+    several, _ = script("generate.py", run, "--prompt", "A", "--num_samples", "3", "--max_tokens", "5", "--seed", "1")
+    assert several.count("--- sample") == 3
+    (tmp_path / "prompt.txt").write_text("word " * 300)
+    _, err = script("generate.py", run, "--prompt", f"@{tmp_path / 'prompt.txt'}", "--max_tokens", "5")
+    assert "the model sees its last" in err
+    out, _ = script("evals.py", run)
+    assert "bits per byte" in out
+    results = json.loads((runs.folder / "whole" / "eval-00000020.json").read_text())
+    last = [r for r in runs.records("whole") if r["kind"] == "validation"][-1]
+    assert results["held_out"]["all"]["loss"] == pytest.approx(last["datasets"]["all"]["loss"], rel=2e-3)
+    _, err = script("generate.py", str(tmp_path / "nothing"), code=4)
+    assert "there is no folder" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_like_an_eager_one(runs: Runs, whole: str) -> None:
+    command = [part for part in runs.command("compiled") if part != "--train.no_compile"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "compile   on" in done.stdout
+    assert runs.losses("compiled") == pytest.approx(runs.losses("whole"), rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_train(runs: Runs) -> None:
+    options = ("--train.batch_size", "2")
+    command = [p for p in runs.command("compiled-two", *options, processes=2) if p != "--train.no_compile"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert len(runs.losses("compiled-two")) == 20
