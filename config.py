@@ -38,13 +38,16 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     """Run a script's main; turn a UserError into one line on stderr and its exit code.
 
     Codes: 2 usage or settings, 3 data, 4 checkpoint, 5 non-finite numbers, 6 disk,
-    75 stopped by a signal with everything saved (run again with --resume).
+    75 stopped by a signal with everything saved (run again with --resume), 130 interrupted before training.
     """
     try:
         return main() or 0
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:  # before or after the training loop, which has its own way to stop
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)

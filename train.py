@@ -255,9 +255,8 @@ def train(config: Config) -> int:
         save()
     if is_main:
         write_status(run_dir, outcome, step)
-    say(
-        f"{outcome} at step {step}: {tokens_seen / 1e6:,.1f}M tokens, this time in {duration(time.perf_counter() - started)}"
-    )
+    elapsed = duration(time.perf_counter() - started)
+    say(f"{outcome} at step {step}: {tokens_seen / 1e6:,.1f}M tokens, this time in {elapsed}")
     if outcome == "stopped":
         say("everything is saved; run the same command with --resume to continue")
     accelerator.end_training()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GETTYSBURG
 
 from config import ConfigError
+from tests.conftest import GETTYSBURG
 from tokenizer import END_OF_TEXT, Tokenizer, load_tiktoken, train_bpe
 
 REPO = Path(__file__).resolve().parent.parent

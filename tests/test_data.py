@@ -1,0 +1,912 @@
+"""From files to batches: nothing lost, nothing twice, the same at every world size and after every resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare_data
+from config import DATASETS, DataConfig, Dataset, exit_code_of
+from hub import DataError
+from prepare_data import Batch, DatasetPrep, DocumentStream, PackedSource, StateMismatch, is_held_out
+from sources import CorruptRecord, EmptyStream, Source, TextFieldMissing, read_chunks, resolve_source
+from tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, load_tiktoken
+
+ROOT = Path(__file__).resolve().parent.parent
+V = 8  # streams, unless a test says otherwise
+T = 32  # tokens of context
+BYTES = Tokenizer("bytes", BPE_PATTERN, [bytes([i]) for i in range(256)], {END_OF_TEXT: 256})  # a token is a byte
+EOT = BYTES.eot_id
+
+
+@pytest.fixture(autouse=True)
+def no_test_hangs() -> Iterator[None]:
+    """A test that waits for ever fails instead, after 40 seconds."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError("the test hangs")
+
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(40)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+# ---- files, and what reads them --------------------------------------------------------------
+
+
+def write_jsonl(path: Path, texts: Sequence[Any], field: str = "text") -> Path:
+    """JSON lines, gzipped if the name says so, with a blank line after every tenth."""
+    lines = [json.dumps({"id": i, field: text}) + "\n" + "\n" * (i % 10 == 9) for i, text in enumerate(texts)]
+    content = "".join(lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_parquet(path: Path, texts: Sequence[Any], rows_per_group: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=rows_per_group)
+    return path
+
+
+def texts_of(name: str, n: int, words: int = 12) -> list[str]:
+    """Distinct documents of 1 to 2 x `words` short words, each beginning with its name and number."""
+    rng = random.Random(name)
+    return [
+        " ".join([f"{name}{i}", *(rng.choice(("water", "of", "the", "éa")) for _ in range(rng.randrange(2 * words)))])
+        for i in range(n)
+    ]
+
+
+def config_of(folder: Path, *files: Path, **changes: Any) -> DataConfig:
+    values: dict[str, Any] = {
+        "current_datasets": ("LOCAL",), "dataset_probabilities": (1.0,), "local_files": tuple(map(str, files)),
+        "n_streams": V, "val_fraction": 0.2, "cache_dir": str(folder / "cache"),
+    }  # fmt: skip
+    return DataConfig(**values | changes)
+
+
+Register = Callable[..., DataConfig]
+
+
+@pytest.fixture
+def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Register:
+    """Several datasets of local files at once, which a user has to join in LOCAL: register(A=[file], B=[file])."""
+    files: dict[str, tuple[str, ...]] = {}
+
+    def resolve(name: str, config: DataConfig) -> Source:
+        return resolve_source(name, dataclasses.replace(config, local_files=files[name]))
+
+    def register(probabilities: tuple[float, ...], datasets: dict[str, list[Path]], **changes: Any) -> DataConfig:
+        for name, paths in datasets.items():
+            monkeypatch.setitem(DATASETS, name, Dataset("local"))
+            files[name] = tuple(map(str, paths))
+        names = tuple(datasets)
+        return config_of(tmp_path, current_datasets=names, dataset_probabilities=probabilities, **changes)
+
+    monkeypatch.setattr(prepare_data, "resolve_source", resolve)
+    return register
+
+
+@contextlib.contextmanager
+def opened(config: DataConfig, rows: int = 16, rank: int = 0, world: int = 1, **more: Any) -> Iterator[DatasetPrep]:
+    data = DatasetPrep(config, more.pop("length", T), rows, rank, world, tokenizer=more.pop("tokenizer", BYTES), **more)
+    try:
+        yield data
+    finally:
+        data.close()
+
+
+def documents(config: DataConfig, stream: int = 0, n_streams: int = 1, epochs: int = 1, **more: Any) -> list[str]:
+    source = resolve_source("LOCAL", config)
+    return list(iter(DocumentStream(source, config, stream, n_streams, epochs, **more).draw, None))
+
+
+def tokens_of_streams(batches: Sequence[Batch], n_streams: int = V) -> list[list[int]]:
+    """Each stream's tokens as a model sees them: its first input, then its targets that count."""
+    streams: list[list[int]] = [[] for _ in range(n_streams)]
+    for batch in batches:
+        for row, (inputs, targets) in enumerate(zip(batch.inputs, batch.targets, strict=True)):
+            valid = targets != prepare_data.IGNORED
+            stream = streams[row % n_streams]
+            if valid.any():
+                assert not np.diff(valid.astype(int)).clip(0).any(), "a gap in a row"
+                stream += [] if stream else [int(inputs[0])]
+                assert inputs[valid].tolist() == [stream[-1], *targets[valid][:-1].tolist()]
+                stream += targets[valid].tolist()
+    return streams
+
+
+def split_documents(tokens: Sequence[int]) -> list[str]:
+    """Documents of a stream, each of which begins with end-of-text."""
+    assert not tokens or tokens[0] == EOT
+    starts = [i for i, token in enumerate(tokens) if token == EOT]
+    return [BYTES.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise([*starts, len(tokens)])]
+
+
+def global_batches(config: DataConfig, world: int, rows: int = 16, **more: Any) -> Iterator[Batch]:
+    """The batches of all processes put together in the order of their streams, as if there were one process."""
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(opened(config, rows, r, world, **more)) for r in range(world)]
+        while True:
+            got = [next(part, None) for part in parts]
+            if not any(got):
+                return
+            yield join([batch or part.empty_batch() for batch, part in zip(got, parts, strict=True)], config.n_streams)
+
+
+def join(parts: list[Batch], n_streams: int) -> Batch:
+    world, rows = len(parts), sum(len(part.inputs) for part in parts)
+    inputs, targets = (np.zeros((rows, T), dtype=np.int64) for _ in range(2))
+    for rank, part in enumerate(parts):
+        for i in range(len(part.inputs)):
+            turn, k = divmod(i, n_streams // world)
+            row = turn * n_streams + rank + k * world
+            inputs[row], targets[row] = part.inputs[i], part.targets[i]
+    return Batch(inputs, targets, sum(p.n_targets for p in parts), np.sum([p.mix for p in parts], axis=0))
+
+
+def assert_same(a: Sequence[Batch], b: Sequence[Batch]) -> None:
+    assert len(a) == len(b)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert np.array_equal(x.inputs, y.inputs), f"batch {i}"
+        assert np.array_equal(x.targets, y.targets), f"batch {i}"
+        assert x.n_targets == y.n_targets and x.mix.tolist() == y.mix.tolist(), f"batch {i}"
+
+
+@pytest.fixture
+def mixed_files(tmp_path: Path) -> tuple[list[Path], list[str]]:
+    """Every kind of local file, in nested folders, with empty and null texts; and the documents in them.
+
+    They are fewer than streams, so that each is divided among all.
+    """
+    folder = tmp_path / "files"
+    lines, zipped, many, few = texts_of("j", 83), texts_of("z", 41), texts_of("m", 120), texts_of("f", 57)
+    write_jsonl(folder / "a/lines.jsonl", [*lines[:40], None, "", *lines[40:]])
+    write_jsonl(folder / "a/b/zipped.jsonl.gz", zipped)
+    write_parquet(folder / "many groups.parquet", [*many[:70], None, "", *many[70:]], rows_per_group=7)  # 18 groups
+    write_parquet(folder / "few groups.parquet", few, rows_per_group=23)  # 3 groups, fewer than streams
+    write_parquet(folder / "empty.parquet", [], rows_per_group=1)
+    (folder / "empty.txt").touch()
+    (folder / "plain.txt").write_text("a plain text\n\nof two paragraphs\n")
+    return [folder], [*lines, *zipped, *many, *few, "a plain text\n\nof two paragraphs\n"]
+
+
+# ---- packing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_files", [1, 7, 8, 19])
+def test_every_token_of_an_epoch_is_a_target_once_with_end_of_text_before_each_document(
+    tmp_path: Path, n_files: int
+) -> None:
+    """Fewer files than streams, as many, and more: whole files and shared ones."""
+    texts = texts_of("d", 400)
+    paths = [write_jsonl(tmp_path / f"{k:02d}.jsonl", texts[k::n_files]) for k in range(n_files)]
+    config = config_of(tmp_path, *paths)
+    streams = tokens_of_streams(list(global_batches(config, 1, epochs=1)))
+    for v, tokens in enumerate(streams):
+        expected = documents(config, v, V)
+        assert tokens == [t for text in expected for t in (EOT, *text.encode())]
+    seen = [text for tokens in streams for text in split_documents(tokens)]
+    assert sorted(seen) == sorted(t for t in texts if not is_held_out(t, config.val_fraction))
+
+
+def test_training_and_held_out_documents_together_are_all_documents(
+    tmp_path: Path, mixed_files: tuple[list[Path], list[str]]
+) -> None:
+    files, texts = mixed_files
+    config = config_of(tmp_path, *files)
+    streams = tokens_of_streams(list(global_batches(config, 1, epochs=1)))
+    trained = [text for tokens in streams for text in split_documents(tokens)]
+    held_out = documents(config, held_out=True)
+    assert len(held_out) > 20
+    assert Counter(trained) + Counter(held_out) == Counter(texts)
+    assert all(count == 1 for count in Counter(texts).values())
+
+
+def test_empty_files_among_others_do_no_harm(tmp_path: Path) -> None:
+    texts = texts_of("d", 240)
+    paths = [write_jsonl(tmp_path / f"{k:02d}.jsonl", texts[k::12] if k < 12 else []) for k in range(16)]
+    (tmp_path / "16.txt").touch()
+    (tmp_path / "17.jsonl").write_text("\n\n  \n")
+    paths += [write_parquet(tmp_path / "18.parquet", [], 1), tmp_path / "16.txt", tmp_path / "17.jsonl"]
+    config = config_of(tmp_path, *paths, n_streams=4)
+    seen = [text for v in range(4) for text in documents(config, v, 4)]
+    assert Counter(seen) == Counter(t for t in texts if not is_held_out(t, config.val_fraction))
+
+
+def test_three_epochs_are_three_times_every_document(tmp_path: Path, mixed_files: tuple[list[Path], list[str]]) -> None:
+    files, texts = mixed_files
+    config = config_of(tmp_path, *files)
+    streams = tokens_of_streams(list(global_batches(config, 1, epochs=3)))
+    trained = Counter(text for tokens in streams for text in split_documents(tokens))
+    assert trained == {text: 3 for text in texts if not is_held_out(text, config.val_fraction)}
+
+
+def test_the_global_batch_is_the_same_row_for_row_at_every_world_size(
+    tmp_path: Path, mixed_files: tuple[list[Path], list[str]]
+) -> None:
+    config = config_of(tmp_path, *mixed_files[0])
+    alone = list(global_batches(config, 1, epochs=1))
+    assert len(alone) > 20
+    for world in (2, 4, 8):
+        assert_same(alone, list(global_batches(config, world, epochs=1)))
+
+
+def test_two_datasets_keep_all_their_tokens_when_mixed(tmp_path: Path, register: Register) -> None:
+    texts = {"A": texts_of("a", 90), "B": texts_of("b", 150, words=20)}
+    files = {name: [write_jsonl(tmp_path / f"{name}.jsonl", values)] for name, values in texts.items()}
+    config = register((0.3, 0.7), files, n_streams=2)
+    with opened(config, rows=2, epochs=1) as data:
+        for v in range(2):
+            tokens: dict[str, list[int]] = {"A": [], "B": []}
+            while (drawn := data._streams[v].next_row()) is not None:
+                stream = tokens[config.current_datasets[drawn[0]]]
+                assert not stream or stream[-1] == drawn[1][0]
+                stream += drawn[1].tolist()[1 if stream else 0 :]
+            for source in data.sources:
+                expected = list(iter(DocumentStream(source, config, v, 2, epochs=1).draw, None))
+                assert split_documents(tokens[source.name]) == expected
+
+
+def test_a_row_s_last_target_is_the_next_row_s_first_input_and_only_the_last_row_is_short(tmp_path: Path) -> None:
+    config = config_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts_of("d", 50)), n_streams=1)
+    packed = PackedSource(DocumentStream(resolve_source("LOCAL", config), config, 0, 1, 1), BYTES, T)
+    rows = []
+    while (row := packed.next_row()) is not None:
+        rows.append(row.tolist())
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(rows))
+    assert {len(row) for row in rows[:-1]} == {T + 1}
+    assert 2 <= len(rows[-1]) <= T + 1
+    assert packed.next_row() is None
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 5000])
+def test_one_document_gives_all_its_tokens_at_any_context_length(tmp_path: Path, length: int) -> None:
+    text = "one long document " * 40
+    config = config_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", [text]), n_streams=1, val_fraction=1e-9)
+    with opened(config, rows=1, epochs=1, length=length) as data:
+        batches = list(data)
+    assert tokens_of_streams(batches, 1) == [[EOT, *text.encode()]]
+    assert len(batches) == -(-len(text) // length)
+
+
+def test_a_document_of_megabytes_is_one_document(tmp_path: Path) -> None:
+    text = "a long story " * 200_000
+    paths = [write_jsonl(tmp_path / "a.jsonl", ["short", text, "shorter"])]
+    config = config_of(tmp_path, *paths, n_streams=1, val_fraction=1e-9)
+    with opened(config, rows=64, length=1024, epochs=1) as data:
+        assert sum(batch.n_targets for batch in data) == len(text) + len("shortshorter") + 2
+
+
+def test_end_of_text_written_in_a_document_is_ordinary_text(tmp_path: Path) -> None:
+    texts = [f"before {END_OF_TEXT} after {END_OF_TEXT}{i}" for i in range(20)]
+    config = config_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts), n_streams=1, val_fraction=1e-9)
+    gpt2 = load_tiktoken("gpt2", str(tmp_path))
+    with opened(config, rows=1, epochs=1, tokenizer=gpt2) as data:
+        (tokens,) = tokens_of_streams(list(data), 1)
+    assert tokens.count(gpt2.eot_id) == len(texts)
+    parts = gpt2.decode(tokens).split(END_OF_TEXT + "before")[1:]
+    assert sorted("before" + part for part in parts) == sorted(texts)
+
+
+def test_a_long_text_file_is_cut_at_line_ends_into_pieces_that_join_to_it_again(tmp_path: Path) -> None:
+    lines = [f"line {i} of a book, with some words é\n" + "\n" * (i % 7 == 0) for i in range(12_000)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    (tmp_path / "one line.txt").write_text("word " * 80_000)
+    source = resolve_source("LOCAL", config_of(tmp_path, tmp_path / "book.txt", tmp_path / "one line.txt"))
+    pieces = [t for chunk in read_chunks(source, 0, 0, 1, 0) for t in chunk.texts]
+    assert "".join(pieces) == "".join(lines)
+    assert all(piece.endswith("\n") and len(piece.encode()) < 33_000 for piece in pieces)
+    assert len(pieces) > 10
+    assert source.documents == len(pieces) + 1
+    (whole,) = [t for chunk in read_chunks(source, 1, 0, 1, 0) for t in chunk.texts]
+    assert whole == "word " * 80_000
+
+
+@pytest.mark.parametrize("n_shares", [1, 2, 3, 5, 8, 16])
+def test_the_shares_of_one_file_are_all_its_rows_once_and_can_begin_at_any_chunk(tmp_path: Path, n_shares: int) -> None:
+    texts = texts_of("d", 1300, words=2)
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", texts),
+        write_jsonl(tmp_path / "b.jsonl.gz", texts),
+        write_parquet(tmp_path / "c.parquet", texts, rows_per_group=101),
+        write_parquet(tmp_path / "d.parquet", texts, rows_per_group=601),
+    ]
+    source = resolve_source("LOCAL", config_of(tmp_path, *files))
+    for file in range(len(files)):
+        shares = [list(read_chunks(source, file, share, n_shares, 0)) for share in range(n_shares)]
+        assert Counter(t for chunks in shares for chunk in chunks for t in chunk.texts) == Counter(texts)
+        for share, chunks in enumerate(shares):
+            for start in range(len(chunks) + 1):
+                again = list(read_chunks(source, file, share, n_shares, start))
+                assert again == chunks[start:]
+        lengths = [sum(len(chunk.texts) for chunk in chunks) for chunks in shares]
+        if file < 2 or n_shares > 13:  # not dealt out by row groups
+            assert max(lengths) - min(lengths) <= 1
+
+
+def test_a_folder_and_a_file_in_it_are_read_once(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    file = write_jsonl(folder / "deep/er/a.jsonl", texts_of("d", 30))
+    (folder / "notes.md").write_text("not data")
+    config = config_of(tmp_path, folder, file, folder / "deep", n_streams=1)
+    assert resolve_source("LOCAL", config).files == (str(file),)
+    assert len(documents(config)) + len(documents(config, held_out=True)) == 30
+
+
+# ---- resume -------------------------------------------------------------------------------------
+
+STEPS = (0, 1, 2, 7, 30, 61, 62, 95)  # batches before the stop; an epoch is about 55
+
+
+@pytest.fixture
+def two_datasets(tmp_path: Path, register: Register) -> DataConfig:
+    """Parquet and JSON lines, 0.6 and 0.4, for 4 streams."""
+    a = [write_parquet(tmp_path / f"{k}.parquet", texts_of(f"a{k}x", 70), rows_per_group=9) for k in range(3)]
+    b = [write_jsonl(tmp_path / f"{k}.jsonl.gz", texts_of(f"b{k}x", 50)) for k in range(5)]
+    return register((0.6, 0.4), {"A": a, "B": b}, n_streams=4)
+
+
+def after(config: DataConfig, state: dict[str, Any], n: int, **more: Any) -> tuple[list[Batch], dict[str, Any]]:
+    """n batches behind a state that went through JSON, and the state after them."""
+    with opened(config, rows=8, **more) as data:
+        data.load_state_dict(json.loads(json.dumps(state)))
+        return list(itertools.islice(data, n)), data.state_dict()
+
+
+@pytest.fixture
+def run(two_datasets: DataConfig) -> tuple[list[Batch], list[dict[str, Any]]]:
+    """A run's 100 batches, and the states before the first and after each."""
+    with opened(two_datasets, rows=8) as data:
+        states, batches = [data.state_dict()], []
+        for batch in itertools.islice(data, 100):
+            batches.append(batch)
+            states.append(data.state_dict())
+    return batches, states
+
+
+def test_a_resumed_run_gives_the_same_next_batches_bit_for_bit_in_any_epoch(
+    two_datasets: DataConfig, run: tuple[list[Batch], list[dict[str, Any]]]
+) -> None:
+    batches, states = run
+    epochs = [max(source[0] for stream in state["streams"].values() for source in stream) for state in states]
+    assert epochs[STEPS[1]] == 0
+    assert epochs[STEPS[-1]] >= 1
+    for k in STEPS:
+        resumed, state = after(two_datasets, states[k], 4)
+        assert_same(resumed, batches[k : k + 4])
+        assert state == states[k + 4]
+
+
+def test_a_run_resumed_again_and_again_gives_the_same_batches_as_one_never_stopped(
+    two_datasets: DataConfig, run: tuple[list[Batch], list[dict[str, Any]]]
+) -> None:
+    batches, states = run
+    state, got = states[0], []
+    for n in (1, 2, 3, 1, 5, 8, 13, 21, 0, 34):
+        more, state = after(two_datasets, state, n)
+        got += more
+    assert_same(got, batches[: len(got)])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_run_can_go_on_at_another_world_size(
+    two_datasets: DataConfig, run: tuple[list[Batch], list[dict[str, Any]]], world: int
+) -> None:
+    batches, states = run
+    for k in (3, 62):
+        merged = states[k]
+        for size in (world, 4, 1, 2):  # each continues what the one before left, for two batches
+            ranks = [after(two_datasets, merged, 2, rank=r, world=size) for r in range(size)]
+            streams = {v: s for _, state in ranks for v, s in state["streams"].items()}  # as train.py does
+            merged = {**ranks[0][1], "streams": streams}
+            joined = [join([part[i] for part, _ in ranks], 4) for i in range(2)]
+            assert_same(joined, batches[k : k + 2])
+            k += 2
+
+
+def test_the_state_is_that_of_the_batch_delivered_not_of_those_read_ahead(
+    two_datasets: DataConfig, run: tuple[list[Batch], list[dict[str, Any]]]
+) -> None:
+    batches, states = run
+    with opened(two_datasets, rows=8) as data:
+        for k in range(4):
+            assert data.state_dict() == states[k]
+            next(data)
+            deadline = time.monotonic() + 5
+            while not data._queue.full() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert data._queue.full()
+        assert data.state_dict() == states[4]
+        data.close()
+        assert data.state_dict() == states[4]
+    assert_same(after(two_datasets, states[4], 3)[0], batches[4:7])
+
+
+def test_a_last_epoch_ends_the_same_after_a_resume(two_datasets: DataConfig) -> None:
+    with opened(two_datasets, rows=8, epochs=1) as data:
+        states, batches = [data.state_dict()], []
+        for batch in data:
+            batches.append(batch)
+            states.append(data.state_dict())
+    assert any((batch.targets == prepare_data.IGNORED).any() for batch in batches)
+    for k in (1, len(batches) // 2, len(batches) - 3, len(batches) - 1, len(batches)):
+        assert_same(after(two_datasets, states[k], 1000, epochs=1)[0], batches[k:])
+
+
+def test_the_iterator_stays_at_its_end(two_datasets: DataConfig) -> None:
+    with opened(two_datasets, rows=8, epochs=1) as data:
+        assert sum(1 for _ in data) > 10
+        assert [next(data, None) for _ in range(5)] == [None] * 5
+
+
+def test_a_state_of_16_streams_and_two_datasets_takes_less_than_20_kilobytes(
+    tmp_path: Path, register: Register
+) -> None:
+    files = {n: [write_jsonl(tmp_path / f"{n}{k}.jsonl", texts_of(f"{n}{k}", 40)) for k in range(16)] for n in "AB"}
+    with opened(register((0.5, 0.5), files, n_streams=16), rows=16) as data:
+        for _ in range(20):
+            next(data)
+        assert len(json.dumps(data.state_dict())) < 20_000
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"seed": 1}, "seed"),
+    "streams": ({"n_streams": 8}, "n_streams"),
+    "split": ({"val_fraction": 0.1}, "val_fraction"),
+    "samples": ({"max_samples": 77}, "max_samples"),
+    "mixing": ({"mix_by": "documents"}, "mix_by"),
+    "shares": ({"dataset_probabilities": (0.5, 0.5)}, "probabilities"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES.values(), ids=list(CHANGES))
+def test_a_state_refuses_other_settings_and_names_them(
+    two_datasets: DataConfig, change: dict[str, Any], named: str
+) -> None:
+    with opened(two_datasets, rows=8) as data:
+        next(data)
+        state = json.loads(json.dumps(data.state_dict()))
+    with opened(dataclasses.replace(two_datasets, **change), rows=8) as other:
+        with pytest.raises(StateMismatch, match=rf": {named} changed") as error:
+            other.load_state_dict(state)
+    assert error.value.exit_code == 3
+    assert "\n" not in str(error.value)
+
+
+def test_a_state_refuses_another_context_length_tokenizer_files_and_format(
+    tmp_path: Path, two_datasets: DataConfig
+) -> None:
+    with opened(two_datasets, rows=8) as data:
+        state = json.loads(json.dumps(data.state_dict()))
+    with opened(two_datasets, rows=8, length=T + 1) as data, pytest.raises(StateMismatch, match="max_length changed"):
+        data.load_state_dict(state)
+    other = Tokenizer("other", BPE_PATTERN, [bytes([255 - i]) for i in range(256)], {END_OF_TEXT: 256})
+    with opened(two_datasets, rows=8, tokenizer=other) as data:
+        with pytest.raises(StateMismatch, match="tokenizer changed"):
+            data.load_state_dict(state)
+    with opened(two_datasets, rows=8) as data, pytest.raises(StateMismatch, match="format"):
+        data.load_state_dict({**state, "format": 0})
+    write_parquet(tmp_path / "1.parquet", texts_of("a1x", 71), rows_per_group=9)
+    with opened(two_datasets, rows=8) as data, pytest.raises(StateMismatch, match=": files of A changed"):
+        data.load_state_dict(state)
+
+
+def test_a_state_fits_the_same_files_in_another_folder(tmp_path: Path) -> None:
+    texts = texts_of("d", 60)
+    first, second = (config_of(tmp_path, write_jsonl(tmp_path / f / "a.jsonl", texts)) for f in ("here", "there"))
+    with opened(first, rows=8) as data:
+        state, batches = data.state_dict(), list(itertools.islice(data, 2))
+    assert_same(after(second, state, 2)[0], batches)
+
+
+# ---- mixing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_and_long(tmp_path: Path, register: Register) -> Register:
+    """Two datasets of which one has documents ten times as long; they begin with s and l."""
+    short = [f"s{i:05d}".ljust(60, "-") for i in range(800)]
+    long = [f"l{i:05d}".ljust(600, "=") for i in range(400)]
+    paths = {n: [write_jsonl(tmp_path / f"{n}.jsonl", t)] for n, t in (("SHORT", short), ("LONG", long))}
+    return lambda probabilities, **changes: register(probabilities, paths, n_streams=4, **changes)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_shares_of_tokens_are_the_probabilities_however_long_the_documents(
+    short_and_long: Register, share: float
+) -> None:
+    with opened(short_and_long((share, 1 - share)), rows=64) as data:
+        batches = list(itertools.islice(data, 60))
+    mix = sum(batch.mix for batch in batches)
+    assert abs(mix[0] / mix.sum() - share) < 0.005
+    assert all(batch.mix.min() > 0 for batch in batches), "a batch without one of the datasets"
+    counted = sum(int((batch.inputs == ord("-")).sum()) for batch in batches)
+    assert counted / mix.sum() == pytest.approx(share * 54 / 61, rel=0.02)  # 54 of a short one's 61 tokens
+
+
+def test_shares_of_documents_are_the_probabilities_when_mixed_by_documents(short_and_long: Register) -> None:
+    with opened(short_and_long((0.7, 0.3), mix_by="documents"), rows=64) as data:
+        batches = list(itertools.islice(data, 120))
+    after_eot = [t for batch in batches for t in batch.targets[batch.inputs == EOT].tolist()]
+    share = after_eot.count(ord("s")) / len(after_eot)
+    assert len(after_eot) > 1000
+    assert set(after_eot) == {ord("s"), ord("l")}
+    assert abs(share - 0.7) < 0.005
+
+
+def test_the_others_go_on_when_a_dataset_is_used_up(tmp_path: Path, register: Register) -> None:
+    small, large = texts_of("a", 20), texts_of("b", 300)
+    files = {"A": [write_jsonl(tmp_path / "a.jsonl", small)], "B": [write_jsonl(tmp_path / "b.jsonl", large)]}
+    config = register((0.5, 0.5), files, n_streams=2, val_fraction=1e-9)
+    with opened(config, rows=8, epochs=1) as data:
+        batches = list(data)
+    sizes = [sum(len(t.encode()) + 1 for t in texts) - 2 for texts in (small, large)]  # 2 streams, whose first
+    assert sum(batch.mix for batch in batches).tolist() == sizes  # token is no target
+    assert batches[0].mix.min() > 0
+    assert batches[-1].mix[0] == 0
+    assert sum(batch.n_targets for batch in batches) == sum(sizes)
+
+
+# ---- order --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ordered(tmp_path: Path) -> DataConfig:
+    texts = texts_of("d", 600, words=2)
+    files = [write_jsonl(tmp_path / f"{k}.jsonl", texts[k::3]) for k in range(3)]
+    return config_of(tmp_path, *files)
+
+
+def test_the_order_is_that_of_the_seed(ordered: DataConfig) -> None:
+    first = documents(ordered)
+    assert documents(ordered) == first
+    other = documents(dataclasses.replace(ordered, seed=ordered.seed + 1))
+    assert other != first
+    assert sorted(other) == sorted(first)
+    number = {text: i for i, text in enumerate(sorted(first))}
+    moved = sum(abs(number[text] - i) for i, text in enumerate(first)) / len(first)
+    assert moved > len(first) / 10, "hardly shuffled"
+
+
+@pytest.mark.parametrize("max_samples", [0, 90])
+def test_each_epoch_has_the_same_documents_in_another_order(ordered: DataConfig, max_samples: int) -> None:
+    config = dataclasses.replace(ordered, max_samples=max_samples)
+    total = 0
+    for v in range(V):
+        drawn = documents(config, v, V, epochs=3)
+        n = len(drawn) // 3
+        epochs = [drawn[:n], drawn[n : 2 * n], drawn[2 * n :]]
+        assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(sorted(epochs[0]))}
+        assert len({tuple(epoch) for epoch in epochs}) == 3
+        total += n
+    assert total == pytest.approx(0.8 * (max_samples or 600), rel=0.15)
+
+
+def test_max_samples_counts_documents_of_a_dataset_before_the_split(ordered: DataConfig) -> None:
+    for max_samples in (1, 8, 9, 255, 599, 600, 601):
+        config = dataclasses.replace(ordered, max_samples=max_samples, val_fraction=1e-9)
+        read = 0
+        for v in range(V):
+            with contextlib.suppress(EmptyStream):  # fewer samples than streams
+                read += len(documents(config, v, V))
+        assert read == min(max_samples, 600)
+
+
+# ---- held out -------------------------------------------------------------------------------------
+
+
+def test_no_held_out_document_is_trained_on_in_any_epoch(
+    tmp_path: Path, mixed_files: tuple[list[Path], list[str]]
+) -> None:
+    config = config_of(tmp_path, *mixed_files[0])
+    with opened(config) as data:
+        held_out = set(split_documents(np.concatenate([r[:-1] for r in data.validation_rows()["LOCAL"]]).tolist())[:-1])
+    streams = tokens_of_streams(list(global_batches(config, 1, epochs=4)))
+    trained = {text for tokens in streams for text in split_documents(tokens)}
+    assert len(held_out) > 20
+    assert len(trained) > 200
+    assert not held_out & trained
+
+
+def test_held_out_rows_are_mapped_from_disk_and_the_same_for_every_process(
+    tmp_path: Path, mixed_files: tuple[list[Path], list[str]]
+) -> None:
+    made = []
+    for i, world in enumerate((1, 2, 8)):
+        config = config_of(tmp_path, *mixed_files[0], cache_dir=str(tmp_path / f"cache {i}"))
+        with opened(config, rank=world - 1, world=world) as data:
+            rows = data.validation_rows()["LOCAL"]
+            assert isinstance(rows, np.memmap)
+            assert rows.dtype == np.uint32
+            assert rows.shape[1] == T + 1
+            made.append(np.array(rows))
+    assert len(made[0]) > 20
+    assert np.array_equal(made[0], made[1])
+    assert np.array_equal(made[0], made[2])
+    assert np.array_equal(made[0][:-1, -1], made[0][1:, 0])
+
+
+def test_held_out_rows_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 200))
+    config = config_of(tmp_path, path)
+    with opened(config) as data, opened(config) as other:
+        rows = np.array(data.validation_rows()["LOCAL"])
+        path.unlink()
+        assert np.array_equal(data.validation_rows()["LOCAL"], rows)
+        assert np.array_equal(other.validation_rows()["LOCAL"], rows)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
+
+
+def test_there_are_at_most_val_tokens_of_held_out_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 300))
+    for val_tokens, n_rows in ((1, 1), (T, 1), (10 * T, 10), (10 * T + T - 1, 10)):
+        with opened(config_of(tmp_path, path, val_tokens=val_tokens)) as data:
+            assert len(data.validation_rows()["LOCAL"]) == n_rows
+
+
+# ---- mistakes, each told in one line ------------------------------------------------------------
+
+
+def read_everything(config: DataConfig) -> None:
+    for epochs in (None, 1):
+        with opened(config, epochs=epochs) as data:
+            for _ in itertools.islice(data, 1000):
+                pass
+
+
+def complaint(config: DataConfig, kind: type[Exception], read: Callable[[DataConfig], Any] = read_everything) -> str:
+    """The one line of stderr, with exit code 3, that comes of reading this."""
+    with pytest.raises(DataError) as error:
+        read(config)
+    assert type(error.value) is kind
+    message = str(error.value)
+
+    def fail() -> None:
+        raise error.value
+
+    assert exit_code_of(fail) == 3
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+def broken(tmp_path: Path, name: str) -> Path:
+    """A file of 100 documents that is damaged as its name says."""
+    texts, path = texts_of("d", 100), tmp_path / name
+    if name == "cut.parquet":
+        write_parquet(path, texts, 10)
+        path.write_bytes(path.read_bytes()[:-30])
+    elif name == "empty.parquet":
+        path.touch()
+    elif name == "nonsense.parquet":
+        path.write_text("not parquet at all, just a text under that name")
+    elif name == "latin1.txt":
+        path.write_bytes("naïve café\n".encode("latin-1"))
+    elif name == "latin1.jsonl":
+        write_jsonl(path, texts[:7])
+        path.write_bytes(path.read_bytes() + b'{"text": "na\xefve"}\n')
+    elif name == "half a line.jsonl":
+        write_jsonl(path, texts[:7])
+        path.write_bytes(path.read_bytes() + b'{"text": "half a li')
+    elif name == "list.jsonl":
+        path.write_text('["text", "in a list"]\n' * 20)
+    return path
+
+
+BROKEN: dict[str, tuple[type[Exception], str]] = {
+    "cut.parquet": (CorruptRecord, "truncated"),
+    "empty.parquet": (CorruptRecord, "truncated"),
+    "nonsense.parquet": (CorruptRecord, "not a parquet file"),
+    "latin1.txt": (CorruptRecord, "not UTF-8 at byte 2; convert it"),
+    "latin1.jsonl": (CorruptRecord, "record 7, is not JSON"),
+    "half a line.jsonl": (CorruptRecord, "record 7, is not JSON"),
+    "list.jsonl": (TextFieldMissing, "no field 'text'"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_file_is_named_with_its_fault(tmp_path: Path, name: str) -> None:
+    kind, said = BROKEN[name]
+    path = broken(tmp_path, name)
+    message = complaint(config_of(tmp_path, path, n_streams=1), kind)
+    assert str(path) in message
+    assert said in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_missing_text_field_is_told_with_those_that_exist(tmp_path: Path, name: str) -> None:
+    if name == "a.parquet":
+        path = write_parquet(tmp_path / name, texts_of("d", 50), 10)
+    else:
+        path = write_jsonl(tmp_path / name, texts_of("d", 50))
+    message = complaint(config_of(tmp_path, path, local_text_field="body"), TextFieldMissing)
+    assert str(path) in message
+    assert "'body'" in message
+    assert "id, text" in message
+    message = complaint(config_of(tmp_path, path, local_text_field="texts"), TextFieldMissing)
+    assert "did you mean --data.local_text_field text?" in message
+
+
+@pytest.mark.parametrize("texts", [[], [None, "", None]], ids=["no rows", "no text in them"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_files_without_documents_are_refused(tmp_path: Path, name: str, texts: list[Any]) -> None:
+    path = write_parquet(tmp_path / name, texts, 1) if name == "a.parquet" else write_jsonl(tmp_path / name, texts)
+    message = complaint(config_of(tmp_path, path, n_streams=1), EmptyStream)
+    assert "LOCAL has no training documents" in message
+    assert "more text" in message
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_fewer_documents_than_streams_are_refused_with_what_to_do(tmp_path: Path, epochs: int | None) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 5))
+
+    def read(config: DataConfig) -> None:
+        with opened(config, epochs=epochs) as data:
+            for _ in range(100):
+                next(data)
+
+    message = complaint(config_of(tmp_path, path, val_fraction=1e-9), EmptyStream, read)
+    assert "smaller --data.n_streams" in message
+    assert "of 8" in message
+
+
+def test_a_dataset_without_held_out_documents_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 50))
+
+    def read(config: DataConfig) -> None:
+        with opened(config) as data:
+            data.validation_rows()
+
+    message = complaint(config_of(tmp_path, path, val_fraction=1e-9), EmptyStream, read)
+    assert "raise --data.val_fraction" in message
+    one = next(i for i in range(100) if is_held_out(f"d{i}", 0.2))
+    path = write_jsonl(tmp_path / "b.jsonl", [f"d{one}"])
+    assert "too little held-out text" in complaint(config_of(tmp_path, path), EmptyStream, read)
+
+
+def test_files_that_are_not_there_or_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+    message = complaint(config_of(tmp_path, tmp_path / "nowhere.txt"), DataError)
+    assert "nowhere.txt, which does not exist" in message
+    (tmp_path / "table.csv").write_text("text\nhello\n")
+    message = complaint(config_of(tmp_path, tmp_path / "table.csv"), DataError)
+    assert "table.csv" in message
+    assert "*.jsonl.gz, *.parquet" in message
+    (tmp_path / "folder").mkdir()
+    assert "holds none of" in complaint(config_of(tmp_path, tmp_path / "folder"), DataError)
+
+
+def test_a_file_that_vanishes_during_the_run_ends_it_by_name(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{k}.jsonl", texts_of(f"d{k}x", 2000)) for k in range(2)]
+
+    def read(config: DataConfig) -> None:
+        with opened(config, rows=2) as data:
+            next(data)
+            for path in paths:
+                path.unlink(missing_ok=True)
+            for _ in range(10_000):
+                next(data)
+
+    assert "jsonl cannot be read" in complaint(config_of(tmp_path, *paths, n_streams=2), DataError, read)
+
+
+def test_a_mistake_is_raised_again_when_asked_again(tmp_path: Path) -> None:
+    with opened(config_of(tmp_path, broken(tmp_path, "half a line.jsonl"), n_streams=1)) as data:
+        for _ in range(4):
+            with pytest.raises(CorruptRecord):
+                next(data)
+
+
+def test_the_script_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = broken(tmp_path, "half a line.jsonl")
+    options = ["--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.n_streams", "1"]
+    options += ["--data.local_files", str(path), "--data.cache_dir", str(tmp_path / "cache")]
+    assert exit_code_of(lambda: prepare_data.main(options)) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert f"{path}, record 7" in lines[0]
+
+
+# ---- the end ----------------------------------------------------------------------------------------
+
+
+def test_close_returns_at_once_at_any_point(ordered: DataConfig) -> None:
+    for n in (0, 1, 5):
+        for pause in (0.0, 0.3):  # with the reader busy, and with the queue full
+            with opened(ordered) as data:
+                for _ in range(n):
+                    next(data)
+                time.sleep(pause)
+                for _ in range(2):
+                    started = time.monotonic()
+                    data.close()
+                    assert time.monotonic() - started < 1
+
+
+def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, release = threading.Event(), threading.Event()
+
+    def stuck(*_: Any, **__: Any) -> Iterator[Any]:
+        reading.set()
+        release.wait(30)
+        yield from ()
+
+    with opened(ordered) as data:
+        monkeypatch.setattr(prepare_data, "read_chunks", stuck)
+        consumer = threading.Thread(target=lambda: next(data, None), daemon=True)
+        consumer.start()
+        assert reading.wait(5)
+        started = time.monotonic()
+        data.close()
+        assert time.monotonic() - started < 5
+        release.set()
+
+
+LEAVE_WHILE_READING = """
+import random, sys, time
+from config import DataConfig
+from prepare_data import DatasetPrep
+from tokenizer import *
+tokenizer = Tokenizer("bytes", BPE_PATTERN, [bytes([i]) for i in range(256)], {END_OF_TEXT: 256})
+config = DataConfig(("LOCAL",), (1.0,), local_files=(sys.argv[1],), n_streams=2, cache_dir=sys.argv[1])
+data = DatasetPrep(config, 32, 2, tokenizer=tokenizer)
+for _ in range(int(sys.argv[2])):
+    next(data)
+time.sleep(random.uniform(0, 0.1))
+"""
+
+
+def test_a_process_whose_reader_is_reading_exits_cleanly_ten_times_of_ten(tmp_path: Path) -> None:
+    """Row groups that take longer to read than the process takes to leave."""
+    write_parquet(tmp_path / "a.parquet", [f"{i:07d} " * 4 for i in range(400_000)], rows_per_group=100_000)
+    codes = []
+    for runs in ((i, i + 1) for i in range(0, 10, 2)):  # two at a time
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", LEAVE_WHILE_READING, str(tmp_path), str(i % 3)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in runs
+        ]
+        codes += [(process.communicate(timeout=20)[0], process.returncode) for process in processes]
+    assert codes == [("", 0)] * 10
+
+
+@pytest.mark.slow
+def test_the_preview_prints_a_table_of_at_most_100_columns(tmp_path: Path) -> None:
+    command = [sys.executable, "prepare_data.py", "--preset", "smoke", "--data.cache_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"COLUMNS": "80"}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    table, *rows = done.stdout.decode().split("\n--- row ")
+    assert len(rows) == 2
+    assert max(map(len, table.splitlines())) <= 100
+    for word in ("dataset", "SOTU", "WIKI", "tokens/s", "(asked 50.0%)"):
+        assert word in table
