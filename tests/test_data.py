@@ -173,7 +173,7 @@ def assert_same(a: Sequence[Batch], b: Sequence[Batch]) -> None:
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         assert np.array_equal(x.inputs, y.inputs), f"batch {i}"
         assert np.array_equal(x.targets, y.targets), f"batch {i}"
-        assert x.n_targets == y.n_targets and x.mix.tolist() == y.mix.tolist(), f"batch {i}"
+        assert (x.n_targets, x.mix.tolist()) == (y.n_targets, y.mix.tolist()), f"batch {i}"
 
 
 @pytest.fixture
@@ -541,7 +541,7 @@ def test_shares_of_tokens_are_the_probabilities_however_long_the_documents(
 ) -> None:
     with opened(short_and_long((share, 1 - share)), rows=64) as data:
         batches = list(itertools.islice(data, 60))
-    mix = sum(batch.mix for batch in batches)
+    mix = np.sum([batch.mix for batch in batches], axis=0)
     assert abs(mix[0] / mix.sum() - share) < 0.005
     assert all(batch.mix.min() > 0 for batch in batches), "a batch without one of the datasets"
     counted = sum(int((batch.inputs == ord("-")).sum()) for batch in batches)
@@ -565,7 +565,7 @@ def test_the_others_go_on_when_a_dataset_is_used_up(tmp_path: Path, register: Re
     with opened(config, rows=8, epochs=1) as data:
         batches = list(data)
     sizes = [sum(len(t.encode()) + 1 for t in texts) - 2 for texts in (small, large)]  # 2 streams, whose first
-    assert sum(batch.mix for batch in batches).tolist() == sizes  # token is no target
+    assert np.sum([batch.mix for batch in batches], axis=0).tolist() == sizes  # token is no target
     assert batches[0].mix.min() > 0
     assert batches[-1].mix[0] == 0
     assert sum(batch.n_targets for batch in batches) == sum(sizes)
@@ -671,14 +671,19 @@ def test_there_are_at_most_val_tokens_of_held_out_text(tmp_path: Path) -> None:
 # ---- mistakes, each told in one line ------------------------------------------------------------
 
 
-def read_everything(config: DataConfig) -> None:
-    for epochs in (None, 1):
-        with opened(config, epochs=epochs) as data:
-            for _ in itertools.islice(data, 1000):
-                pass
+def read_for_ever(config: DataConfig) -> None:
+    with opened(config) as data:
+        for _ in data:
+            pass
 
 
-def complaint(config: DataConfig, kind: type[Exception], read: Callable[[DataConfig], Any] = read_everything) -> str:
+def read_one_epoch(config: DataConfig) -> None:
+    with opened(config, epochs=1) as data:
+        for _ in data:
+            pass
+
+
+def complaint(config: DataConfig, kind: type[Exception], read: Callable[[DataConfig], Any] = read_for_ever) -> str:
     """The one line of stderr, with exit code 3, that comes of reading this."""
     with pytest.raises(DataError) as error:
         read(config)
@@ -755,20 +760,17 @@ def test_a_missing_text_field_is_told_with_those_that_exist(tmp_path: Path, name
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_files_without_documents_are_refused(tmp_path: Path, name: str, texts: list[Any]) -> None:
     path = write_parquet(tmp_path / name, texts, 1) if name == "a.parquet" else write_jsonl(tmp_path / name, texts)
-    message = complaint(config_of(tmp_path, path, n_streams=1), EmptyStream)
-    assert "LOCAL has no training documents" in message
-    assert "more text" in message
+    for read in (read_for_ever, read_one_epoch):
+        message = complaint(config_of(tmp_path, path, n_streams=1), EmptyStream, read)
+        assert "LOCAL has no training documents" in message
+        assert "more text" in message
 
 
-@pytest.mark.parametrize("epochs", [1, None])
-def test_fewer_documents_than_streams_are_refused_with_what_to_do(tmp_path: Path, epochs: int | None) -> None:
+@pytest.mark.parametrize("read", [read_for_ever, read_one_epoch])
+def test_fewer_documents_than_streams_are_refused_with_what_to_do(
+    tmp_path: Path, read: Callable[[DataConfig], None]
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 5))
-
-    def read(config: DataConfig) -> None:
-        with opened(config, epochs=epochs) as data:
-            for _ in range(100):
-                next(data)
-
     message = complaint(config_of(tmp_path, path, val_fraction=1e-9), EmptyStream, read)
     assert "smaller --data.n_streams" in message
     assert "of 8" in message
@@ -850,6 +852,10 @@ def test_close_returns_at_once_at_any_point(ordered: DataConfig) -> None:
 def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, release = threading.Event(), threading.Event()
 
+    def consume(data: DatasetPrep) -> None:
+        with contextlib.suppress(Exception):
+            next(data)
+
     def stuck(*_: Any, **__: Any) -> Iterator[Any]:
         reading.set()
         release.wait(30)
@@ -857,7 +863,7 @@ def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, mon
 
     with opened(ordered) as data:
         monkeypatch.setattr(prepare_data, "read_chunks", stuck)
-        consumer = threading.Thread(target=lambda: next(data, None), daemon=True)
+        consumer = threading.Thread(target=consume, args=(data,), daemon=True)
         consumer.start()
         assert reading.wait(5)
         started = time.monotonic()
@@ -867,36 +873,36 @@ def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, mon
 
 
 LEAVE_WHILE_READING = """
-import random, sys, time
+import collections, sys, threading, time
 from config import DataConfig
 from prepare_data import DatasetPrep
 from tokenizer import *
 tokenizer = Tokenizer("bytes", BPE_PATTERN, [bytes([i]) for i in range(256)], {END_OF_TEXT: 256})
 config = DataConfig(("LOCAL",), (1.0,), local_files=(sys.argv[1],), n_streams=2, cache_dir=sys.argv[1])
 data = DatasetPrep(config, 32, 2, tokenizer=tokenizer)
-for _ in range(int(sys.argv[2])):
-    next(data)
-time.sleep(random.uniform(0, 0.1))
+next(data)
+threading.Thread(target=collections.deque, args=(data, 0), daemon=True).start()  # takes batch after batch
+time.sleep(float(sys.argv[2]))
 """
 
 
 def test_a_process_whose_reader_is_reading_exits_cleanly_ten_times_of_ten(tmp_path: Path) -> None:
-    """Row groups that take longer to read than the process takes to leave."""
-    write_parquet(tmp_path / "a.parquet", [f"{i:07d} " * 4 for i in range(400_000)], rows_per_group=100_000)
-    codes = []
-    for runs in ((i, i + 1) for i in range(0, 10, 2)):  # two at a time
+    """Hardly any row has a text, so that the reader is in the middle of a row group nearly all the time."""
+    write_parquet(tmp_path / "a.parquet", [None if i % 50 else f"document {i}" for i in range(20_000)], 200)
+    results = []
+    for i in range(0, 10, 2):  # two at a time
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", LEAVE_WHILE_READING, str(tmp_path), str(i % 3)],
+                [sys.executable, "-c", LEAVE_WHILE_READING, str(tmp_path), str(wait / 100)],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for i in runs
+            for wait in (i, i + 1)
         ]
-        codes += [(process.communicate(timeout=20)[0], process.returncode) for process in processes]
-    assert codes == [("", 0)] * 10
+        results += [(process.communicate(timeout=20)[0], process.returncode) for process in processes]
+    assert results == [("", 0)] * 10
 
 
 @pytest.mark.slow

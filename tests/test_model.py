@@ -294,7 +294,7 @@ def test_hugging_face_computes_the_same_logits(tiny_model: Build, fields: dict[s
         "tie_word_embeddings": c.tie_embeddings,
     }
     if c.mlp == "swiglu":
-        theirs = Qwen3ForCausalLM(Qwen3Config(**common))
+        theirs: torch.nn.Module = Qwen3ForCausalLM(Qwen3Config(**common))
         weights = hugging_face_weights(model, ("input_layernorm", "post_attention_layernorm"))
     else:
         theirs = ApertusForCausalLM(ApertusConfig(**common, hidden_act="relu2"))
@@ -304,3 +304,12 @@ def test_hugging_face_computes_the_same_logits(tiny_model: Build, fields: dict[s
     ours = model(ids)
     assert ours.std() > 0.5  # there is something to compare
     assert (theirs.eval()(ids).logits - ours).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("d_model", [64, 256, 768, 2048])
+def test_a_fresh_tied_model_knows_nothing_either(d_model: int):
+    c = GPTConfig(d_model=d_model, n_layers=1, n_heads=1, d_ff=64, tie_embeddings=True, max_length=16)
+    torch.manual_seed(0)
+    model = GPT(c.resolved(8192))
+    ids = torch.randint(0, 8192, (8, 17))
+    assert model(ids[:, :-1], ids[:, 1:]).item() / (8 * 16) == pytest.approx(math.log(8192), abs=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,7 @@ def weight_of(value: Tensor, gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("smallest", [0.5, 0.03, 0.01])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 64), (2, 64, 16), (1, 128, 128), (1, 1, 64), (1, 64, 1)], ids=str)
-def test_orthogonalize_brings_all_singular_values_near_one(
-    shape: tuple[int, int, int], smallest: float, scale: float
-):
+def test_orthogonalize_brings_all_singular_values_near_one(shape: tuple[int, int, int], smallest: float, scale: float):
     _, _, x = with_singular_values(*shape, smallest)
     values = torch.linalg.svdvals(orthogonalize(scale * x).float())
     assert values.min() > 0.7
@@ -83,7 +82,7 @@ def run_muon(matrices: Matrices, gradients: list[list[Tensor]]) -> None:
 def test_muon_treats_fused_matrices_as_separate_ones(rows: tuple[int, ...]):
     start, gradients = random(sum(rows), 24), [random(sum(rows), 24, seed=s) for s in (1, 2, 3)]
     fused = torch.nn.Parameter(start.clone())
-    split = [torch.nn.Parameter(part.clone()) for part in start.split(rows)]
+    split: list[Tensor] = [torch.nn.Parameter(part.clone()) for part in start.split(rows)]
     run_muon([(fused, rows)], [[g] for g in gradients])
     run_muon([(p, (p.size(0),)) for p in split], [list(g.split(rows)) for g in gradients])
     assert torch.allclose(fused, torch.cat(split), atol=2e-3)
@@ -198,9 +197,7 @@ def test_the_rate_warms_up_linearly_stays_and_falls_linearly():
 @pytest.mark.parametrize("warmup", [0, 1, 19])
 @pytest.mark.parametrize("cooldown", [0.0, 0.3, 0.65, 1.0])
 @pytest.mark.parametrize("final", [0.0, 0.05, 1.0])
-def test_the_rate_is_always_above_zero_and_never_above_its_peak(
-    total: int, warmup: int, cooldown: float, final: float
-):
+def test_the_rate_is_always_above_zero_and_never_above_its_peak(total: int, warmup: int, cooldown: float, final: float):
     factors = schedule(total, min(warmup, total - 1), cooldown_fraction=cooldown, final_lr_fraction=final)
     assert all(0 < factor <= 1 for factor in factors[:-1])
     assert factors[-1] == pytest.approx(final if cooldown else 1)
@@ -221,3 +218,8 @@ def test_set_learning_rates_scales_every_groups_peak(tiny_model: Build):
         set_learning_rates(optimizers, factor)
         assert [group["lr"] for group in groups] == [factor * peak for peak in peaks]
     assert [group["peak_lr"] for group in groups] == peaks
+
+
+def test_a_warm_up_that_reaches_into_the_cool_down_does_not_jump():
+    factors = [lr_factor_at(step, 100, 60, TrainingConfig(cooldown_fraction=0.65)) for step in range(100)]
+    assert max(abs(a - b) for a, b in itertools.pairwise(factors)) < 0.05

@@ -1,0 +1,162 @@
+"""The calculators: they run from any folder, count what is built, and print tables that fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import PRESETS, Config, GPTConfig, TrainingConfig, load_config
+from model import GPT
+from optim import lr_factor_at
+from scripts import calc_lr_config, calc_params
+from tests.conftest import GETTYSBURG
+from tokenizer import load_tiktoken
+
+REPO = Path(__file__).resolve().parent.parent
+PARAMS, LENGTH = str(REPO / "scripts/calc_params.py"), str(REPO / "scripts/calc_lr_config.py")
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def output_of(folder: Path, *command: str, **environment: str) -> str:
+    result = run(folder, *command, **environment)
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert not list(folder.glob("checkpoints*"))
+    return result.stdout
+
+
+def number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match, text
+    return int(match[1].replace(",", ""))
+
+
+def assert_tables_fit(text: str) -> None:
+    tables = [line for line in text.splitlines() if line.startswith(" ")]
+    assert len(tables) > 10
+    assert max(map(len, tables)) <= 100
+
+
+def assert_counts_the_built_model(shown: str, config: Config) -> None:
+    with torch.device("meta"):
+        model = GPT(config.model.resolved(config.data.n_vocab))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert number(r"total +([\d,]+) ", shown) == parameters
+    for part, count in model.parameter_counts().items():
+        assert number(rf"{part} +([\d,]+) ", shown) == count
+    assert f"{model.flops_per_token() / 1e6:,.1f} M to train" in shown
+    momenta = 2 * parameters  # AdamW's; Muon keeps one number per weight
+    if config.train.optimizer == "muon":
+        momenta -= sum(p.numel() for p, _ in model.block_matrices())
+    assert re.search(rf"weights +{4 * parameters / 2**30:.2f} GB", shown)
+    assert re.search(rf"optimizer \({config.train.optimizer}\) +{4 * momenta / 2**30:.2f} GB", shown)
+    (yours,) = (line for line in shown.splitlines() if line.endswith("<- yours"))
+    assert yours.split()[0] == str(config.model.d_model)
+    assert_tables_fit(shown)
+
+
+def test_calc_params_counts_the_built_model_from_any_folder(tmp_path: Path):
+    shown = output_of(tmp_path, PARAMS, "--preset", "gpt2")
+    assert_counts_the_built_model(shown, PRESETS["gpt2"])
+
+
+def test_calc_params_counts_other_choices_too(capsys: pytest.CaptureFixture[str]):
+    options = "--preset smoke --model.mlp relu2 --model.n_kv_heads 1 --train.optimizer adamw --train.lr 1e-3".split()
+    assert calc_params.main(options) == 0
+    assert_counts_the_built_model(capsys.readouterr().out, load_config(options, "", Config))
+
+
+def test_calc_lr_config_plans_the_missions_run_without_the_network(tmp_path: Path):
+    shown = output_of(tmp_path, LENGTH, HTTPS_PROXY="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    steps, warmup = number(r"length +([\d,]+) steps", shown), Config().warmup_steps()
+    assert number(r"= ([\d,]+) tokens per step", shown) == Config().tokens_per_step() == 131_072
+    assert re.search(r"epochs +3\.00 of", shown)
+    assert number(r"warm-up to step ([\d,]+),", shown) == warmup
+    falls_from = number(r"from step ([\d,]+) linear", shown)
+    assert lr_factor_at(falls_from - 1, steps, warmup, TrainingConfig()) == 1
+    assert lr_factor_at(falls_from + 1, steps, warmup, TrainingConfig()) < 1
+    (yours,) = (line for line in shown.splitlines() if line.endswith("<- yours"))
+    assert yours.split()[:4] == ["4", "128", "131,072", f"{steps:,}"]
+    assert_tables_fit(shown)
+
+
+def test_calc_lr_config_counts_texts_of_ones_own_and_plans_for_many_devices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    texts, cache = tmp_path / "texts", tmp_path / "cache"
+    texts.mkdir()
+    for i in range(100, 300):
+        (texts / f"{i}.txt").write_text(f"{i}. {GETTYSBURG}")
+    options = [
+        "--preset", "smoke", "--train.max_steps", "0", "--train.epochs", "2", "--data.current_datasets", "LOCAL",
+        "--data.dataset_probabilities", "1", "--data.local_files", str(texts), "--data.cache_dir", str(cache),
+        "--data.val_fraction", "0.1", "--data.tokenizer", "gpt2",
+    ]  # fmt: skip
+    per_text = len(load_tiktoken("gpt2", str(cache)).encode(f"100. {GETTYSBURG}")) + 1  # with end-of-text
+    steps = {}
+    for devices in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(devices))
+        assert calc_lr_config.main(options) == 0
+        shown = capsys.readouterr().out
+        assert number(r"= ([\d,]+) tokens per step", shown) == 256 * devices
+        steps[devices] = number(r"length +([\d,]+) steps", shown)
+        assert_tables_fit(shown)
+    assert steps[1] == pytest.approx(2 * 0.9 * 200 * per_text / 256, abs=1)
+    assert steps[2] == pytest.approx(steps[1] / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        ([PARAMS, "--model.d_model", "250"], 2, "error: model.d_model 250 does not divide"),
+        ([PARAMS, "--model.dmodel", "250"], 2, "Perhaps you meant"),
+        ([LENGTH, "--preset", "nano"], 2, "error: there is no preset 'nano'"),
+        ([LENGTH, "--train.max_steps", "10", "--train.warmup_tokens", "9000000"], 2, "error: train.warmup_tokens"),
+        ([LENGTH, "--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1",
+          "--data.local_files", "none.txt", "--data.tokenizer", "bpe"], 3, "none.txt"),
+    ],
+    ids=["impossible", "typo", "no preset", "warm-up", "no file"],
+)  # fmt: skip
+def test_a_mistake_has_its_exit_code(tmp_path: Path, command: list[str], code: int, words: str):
+    result = run(tmp_path, *command)
+    assert result.returncode == code
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("script", "unbuffered"), [(PARAMS, "1"), (LENGTH, "")])
+def test_head_does_not_show_a_traceback(tmp_path: Path, script: str, unbuffered: str):
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"'{sys.executable}' '{script}' --model.max_length 64 | head -1"],
+        cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_every_script_answers_help_at_once_and_without_torch(tmp_path: Path):
+    for script in (PARAMS, LENGTH):
+        result = run(tmp_path, "-X", "importtime", script, "--help")
+        assert result.returncode == 0
+        assert "--model.d_model" in result.stdout
+        assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+
+
+def test_the_ladder_keeps_your_own_shape_at_your_own_width():
+    yours = GPTConfig(d_model=512, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=100)
+    assert calc_params.ladder(yours, 512) == yours
+    for width in (256, 1024, 2048):
+        row = calc_params.ladder(yours, width).resolved(50257)
+        row.validate()
+        assert (row.d_model, row.n_layers, row.n_heads, row.head_dim) == (width, width // 64, width // 64, 64)
