@@ -41,7 +41,9 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     75 stopped by a signal with everything saved (run again with --resume), 130 interrupted before training.
     """
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -50,7 +52,11 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         return 130
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"error{'' if rank == '0' else f' (process {rank})'}: {' '.join(str(error).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
         return error.exit_code
 
 
@@ -107,6 +113,7 @@ class DataConfig:
     max_samples: int = 10_000_000  # read at most this many documents of each dataset per epoch; 0: all
     local_files: tuple[str, ...] = ()  # for LOCAL: txt, jsonl, jsonl.gz, parquet files, or folders of them
     local_text_field: str = "text"  # for LOCAL: the column or key that holds the text
+    shards_dir: str = ""  # read current_datasets from shards that prepare_data.py --write_shards made here
     tokenizer: Literal["gpt2", "cl100k_base", "bpe"] = "gpt2"  # bpe: train one on the run's own text
     bpe_vocab_size: int = 4096  # entries of the trained tokenizer (bpe only), end-of-text included
     val_fraction: float = 0.005  # share of the documents held out of training, chosen by a hash of the text
@@ -122,7 +129,7 @@ class DataConfig:
         _require(len(self.current_datasets) > 0, "data.current_datasets is empty; name at least one, such as SOTU")
         _require(
             len(set(self.current_datasets)) == len(self.current_datasets),
-            f"data.current_datasets names one dataset twice: {' '.join(self.current_datasets)}",
+            f"data.current_datasets names one dataset twice ({' '.join(self.current_datasets)}); name each once",
         )
         _require(
             len(self.dataset_probabilities) == len(self.current_datasets),
@@ -193,16 +200,18 @@ class GPTConfig:
         _require(
             self.head_dim > 0 or self.d_model % self.n_heads == 0,
             f"model.d_model {self.d_model} does not divide by model.n_heads {self.n_heads}; "
-            f"try d_model {max(self.d_model // self.n_heads, 2) * self.n_heads}, or set model.head_dim",
+            f"try d_model {max(self.d_model // self.n_heads // 2 * 2, 2) * self.n_heads}, or set model.head_dim",
         )
         head_dim = self.head_dim or self.d_model // self.n_heads
         _require(
             head_dim > 0 and head_dim % 2 == 0,
-            f"heads have {head_dim} channels (d_model / n_heads); rotary positions need an even number",
+            f"model.head_dim is {head_dim} (0: d_model / n_heads); rotary positions need an even number, "
+            f"try {head_dim + 1}",
         )
         _require(
             self.n_heads % (self.n_kv_heads or self.n_heads) == 0,
-            f"model.n_heads {self.n_heads} must divide by model.n_kv_heads {self.n_kv_heads}",
+            f"model.n_heads {self.n_heads} must divide by model.n_kv_heads {self.n_kv_heads}; "
+            f"use {_divisors(self.n_heads)}",
         )
 
 
@@ -243,6 +252,7 @@ class TrainingConfig:
         for name in ("cooldown_fraction", "final_lr_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"train.{name} is {value}; use a share between 0 and 1")
+        _require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; use a number from 0 to 4294967295")
         _require(
             self.optimizer != "adamw" or self.lr <= 0.01,
             f"train.lr {self.lr} is a rate for Muon; with train.optimizer adamw try 6e-4 (at most 0.01)",
@@ -265,13 +275,16 @@ class GenerationConfig:
     seed: int = 1337  # the same seed gives the same text on the same hardware
 
     def validate(self) -> None:
-        _positive("generation", self, "max_tokens", "repetition_penalty", "num_samples")
+        for name in ("max_tokens", "repetition_penalty", "num_samples"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name} is {value}; use a positive number")
         _require(
             0 <= self.temperature < math.inf,
             f"temperature is {self.temperature}; use 0 (greedy) or a positive number such as 0.8",
         )
         _require(self.top_k >= 0, f"top_k is {self.top_k}; use 0 (off) or a positive number")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; use a number above 0 and at most 1 (off)")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; use a number from 0 to 4294967295")
         _require(0 <= self.min_p < 1, f"min_p is {self.min_p}; use a number from 0 (off) to under 1")
 
 
@@ -283,6 +296,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         _positive("eval", self, "batch_size", "sample_tokens")
+        _require(len(self.prompts) > 0, "eval.prompts is empty; give at least one")
 
 
 @dataclass
@@ -296,7 +310,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     resume: bool = False  # continue the run from its newest complete checkpoint; start it if there is none
 
-    def validate(self, world_size: int = 1) -> Config:
+    def validate(self, world_size: int = 1) -> typing.Self:
         """Check every field and every pair that can contradict; returns self, raises ConfigError.
 
         world_size: number of processes (one per device).
@@ -334,7 +348,7 @@ class Config:
             raise ConfigError(
                 f"train.warmup_tokens {self.train.warmup_tokens} is {self.warmup_steps(world_size)} steps, and the "
                 f"whole run has {total_steps}; "
-                f"try --train.warmup_tokens {total_steps * self.tokens_per_step(world_size) // 20}"
+                f"try --train.warmup_tokens {total_steps // 20 * self.tokens_per_step(world_size)}"
             )
 
     def rows_per_step(self, world_size: int = 1) -> int:
@@ -356,6 +370,8 @@ class Config:
         """The inverse of to_dict. Raises ConfigError naming an unknown field or a value of the wrong type."""
         return _from_dict(Config, values, "")
 
+
+AnyConfig = typing.TypeVar("AnyConfig", bound=Config)
 
 # --------------------------------------------------------------------------------------
 # Presets: a complete, sensible run each. Everything can be overridden on the command line.
@@ -414,8 +430,10 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def load_config(argv: Sequence[str] | None, description: str) -> Config:
+def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConfig]) -> AnyConfig:
     """The configuration of a script: a preset, then the command line over it, then validate().
+
+    kind: Config, or a script's own class derived from it with more options.
 
     Exits with 0 for --help and 2 for a usage error (tyro's, with a suggestion); raises ConfigError.
     """
@@ -432,8 +450,11 @@ def load_config(argv: Sequence[str] | None, description: str) -> Config:
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")
     description += f"\n\n--preset NAME starts from one of: {', '.join(PRESETS)} (shown here: {preset})"
-    config = parse_arguments(Config, arguments, default=copy.deepcopy(PRESETS[preset]), description=description)
-    return config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+    default = kind(**vars(copy.deepcopy(PRESETS[preset])))
+    config = parse_arguments(kind, arguments, default=default, description=description)
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    _require(world_size.isdigit() and world_size != "0", f"WORLD_SIZE is {world_size!r} in the environment; unset it")
+    return config.validate(int(world_size))
 
 
 def parse_arguments(
@@ -485,12 +506,12 @@ def _suggest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def _divisors(n: int) -> str:
-    numbers = [str(d) for d in range(1, n + 1) if n % d == 0]
+    numbers = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
     return f"{', '.join(numbers[:-1])} or {numbers[-1]}" if len(numbers) > 1 else numbers[0]
 
 
 def _from_dict(cls: Any, values: Any, path: str) -> Any:
-    _require(isinstance(values, dict), f"{path or 'the configuration'} must be an object of settings")
+    _require(isinstance(values, dict), f"{path.rstrip('.') or 'the configuration'} must be an object of settings")
     types_of = typing.get_type_hints(cls)
     for key in values:
         if key not in types_of:

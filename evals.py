@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from checkpoint import find_checkpoint, load_model, write_json
     from hardware import autocast, default_device, describe
-    from metrics import Score, score_rows
+    from metrics import Score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     results: dict[str, Any] = {"checkpoint": path.name, "step": step, "held_out": summaries, "samples": samples}
     output = Path(arguments.output) if arguments.output else path.parent / f"eval-{step:08d}.json"
-    write_json(output, results)
+    write_json(output, without_nan(results))
     print(f"\nwritten to {output}")
     return 0
 

@@ -73,9 +73,17 @@ def score_rows(
         rank = (logits > target_logits).sum(dim=2)  # (B, T): tokens that the model finds likelier
         nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
         tokens = torch.full_like(rank, targets.size(1))[:, 0]
-        columns = nats.double().sum(1), tokens, token_byte_length[targets].sum(1), (rank < 1).sum(1), (rank < 5).sum(1)
+        first = logits.argmax(dim=2) == targets  # bf16 has ties: the first of them counts, not every one
+        columns = nats.double().sum(1), tokens, token_byte_length[targets].sum(1), first.sum(1), (rank < 5).sum(1)
         sums.append(torch.stack([c.to(torch.float64) for c in columns], dim=1).cpu())
     return Score(*(torch.cat(sums).numpy().T if sums else np.zeros((5, 0))))
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null for every NaN, which JSON does not have: such as the standard error of a single row."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class MetricsFile:
@@ -95,7 +103,7 @@ class MetricsFile:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append {"kind", "step", "time" (seconds since the epoch), ...} and hand it to the system at once."""
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(record, default=float) + "\n")
+        self._file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
         self._file.flush()
 
 

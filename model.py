@@ -172,7 +172,8 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.wo.weight)
             nn.init.zeros_(block.mlp.w_down.weight)
         nn.init.normal_(self.head.weight, std=0.001)  # near zero: the first loss is ln V
-        nn.init.normal_(self.embedding.weight, std=0.02 if c.tie_embeddings else 0.8)
+        # A tied token meets itself in the head: with std s its own logit is about s D, which must stay small too.
+        nn.init.normal_(self.embedding.weight, std=min(0.02, 5 / c.d_model) if c.tie_embeddings else 0.8)
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, last_only: bool = False

@@ -120,13 +120,12 @@ def lr_factor_at(step: int, total_steps: int, warmup_steps: int, config: Trainin
     Linear warm-up, constant, then linear to final_lr_fraction over the last cooldown_fraction of the run
     (arXiv:2405.18392). After total_steps it stays there.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
+    rising = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     cooldown_steps = config.cooldown_fraction * total_steps
     left = max(total_steps - step, 0)
     if left >= cooldown_steps:
-        return 1.0
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * left / cooldown_steps
+        return rising
+    return min(rising, config.final_lr_fraction + (1 - config.final_lr_fraction) * left / cooldown_steps)
 
 
 def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:

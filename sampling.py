@@ -24,10 +24,10 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
 
     logits (B, V); seen (B, n) ids that the repetition penalty applies to. In this order, as in transformers:
     repetition penalty, temperature, top-k, top-p, min-p. temperature 0 gives all to the likeliest token.
-    Raises NonFiniteError for NaN or +inf logits.
+    Raises NonFiniteError when a row holds NaN or +inf, or nothing but -inf.
     """
     logits = logits.float()
-    if torch.isnan(logits).any() or torch.isposinf(logits).any():
+    if not torch.isfinite(logits.amax(dim=1)).all():  # -inf for single tokens is allowed
         raise NonFiniteError("the model's logits are not finite, so the checkpoint is broken; use an earlier one")
     if config.repetition_penalty != 1 and seen is not None and seen.size(1) > 0:
         # Dividing a negative logit would make its token likelier: multiply instead (arXiv:1909.05858).
@@ -36,7 +36,7 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
         logits = logits.scatter(1, seen, penalised)
     if config.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
-    logits = logits / config.temperature
+    logits = (logits - logits.amax(dim=1, keepdim=True)) / config.temperature  # so that no division overflows
     if 0 < config.top_k < logits.size(1):
         weakest = logits.topk(config.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < weakest, -torch.inf)
@@ -79,6 +79,8 @@ def generate_ids(
     ids = torch.tensor([prompt] * config.num_samples, device=device)  # (B, n)
     ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    without_text = torch.from_numpy(tokenizer.token_byte_length == 0).to(device)  # holes, other special ids
+    without_text[tokenizer.eot_id] = False
     cache: KVCache | None = None
     for _ in range(config.max_tokens):
         window = fit_context(ids.size(1), c.max_length)
@@ -95,7 +97,8 @@ def generate_ids(
             cache.seen = 0
             logits = model(ids[:, -window:], cache=cache, last_only=True)
         # Rows of the embedding beyond the tokenizer's entries are padding; they are never sampled.
-        probabilities = next_token_probabilities(logits[:, -1, : tokenizer.n_vocab], config, ids)
+        known = logits[:, -1, : tokenizer.n_vocab].masked_fill(without_text, -torch.inf)
+        probabilities = next_token_probabilities(known, config, ids)
         if config.temperature == 0:
             drawn = probabilities.argmax(dim=1)
         else:

@@ -65,7 +65,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint32 ids of ordinary text; the characters "<|endoftext|>" in it are ordinary text too."""
-        ids: np.ndarray = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        try:
+            ids: np.ndarray = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode(without_surrogates(text))
+        except ValueError:  # a run of a million spaces is too much for the pattern's regular expression
+            if len(text) < 1000:
+                raise
+            half = len(text) // 2
+            return np.concatenate((self.encode(text[:half]), self.encode(text[half:])))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -90,6 +98,11 @@ class Tokenizer:
         """The inverse of to_dict."""
         tokens = [base64.b64decode(token) for token in values["tokens"]]
         return Tokenizer(values["name"], values["pattern"], tokens, values["special_ids"])
+
+
+def without_surrogates(text: str) -> str:
+    """Half a surrogate pair, as broken JSON has it, is no character: it becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_tiktoken(name: str, cache_dir: str) -> Tokenizer:

@@ -31,7 +31,7 @@ STOPPED = 75  # exit code: a signal came, everything is saved, run again with --
 
 def main(argv: Sequence[str] | None = None) -> int:
     # torch takes a second to import: --help and a mistyped option are answered before that.
-    return train(load_config(argv, "Train a GPT from scratch."))
+    return train(load_config(argv, "Train a GPT from scratch.", Config))
 
 
 def train(config: Config) -> int:
@@ -281,7 +281,7 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy without waiting: CUDA can do so from pinned memory."""
     import torch
 
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(array).contiguous()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

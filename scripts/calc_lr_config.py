@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 64, 8  # characters of the picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = load_config(argv, "The length of a run and its learning-rate schedule.")
+    config = load_config(argv, "The length of a run and its learning-rate schedule.", Config)
     import torch
 
     from model import GPT

@@ -20,7 +20,7 @@ WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others to choose from.")
+    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others.", Config)
     import torch
 
     from model import GPT
@@ -49,13 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens = config.train.max_steps * config.tokens_per_step()
         print(f"this run: {tokens / 1e6:,.1f} M tokens on one device, {tokens / total:.1f} per parameter\n")
 
-    print(
-        "sizes to choose from (same vocabulary, context and batch; about 20 tokens per parameter are compute-optimal,"
-    )
-    print("arXiv:2203.15556; more make a better model of that size):\n")
-    print(
-        f"{'d_model':>8}{'layers':>8}{'heads':>7}{'parameters':>13}{'MFLOP/token':>13}{'memory':>10}{'20 tok/param':>14}"
-    )
+    print("sizes to choose from, with this vocabulary, context and batch_size (about 20 tokens per parameter")
+    print("are compute-optimal, arXiv:2203.15556; more make a better model of that size):\n")
+    print(f"{'d_model':>8}{'layers':>8}{'heads':>7}{'parameters':>13}", end="")
+    print(f"{'MFLOP/token':>13}{'memory':>10}{'20 tok/param':>14}")
     for width in sorted({*WIDTHS, config.model.d_model}):
         row = ladder(config.model, width)
         with torch.device("meta"):
