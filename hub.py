@@ -8,10 +8,12 @@ and its readers start a file again from its beginning.
 from __future__ import annotations
 
 import io
+import json
 import posixpath
 import queue
 import re
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,8 +35,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from config import UserError
 
-PREFLIGHT_SECONDS = 6.0  # for each of two questions
+PREFLIGHT_SECONDS = 12.0  # for both questions
 READ_SECONDS = 20.0  # of silence in an answer
+READ_MINUTES = 5.0  # for one answer, however it trickles
 
 T = TypeVar("T")
 
@@ -61,35 +64,43 @@ class ConfigOrSplitMissing(DataError):
     """The repository has no such configuration, or no training split."""
 
 
-def find_files(repository: str, name: str, revision: str | None, split: str = "train") -> tuple[str, dict[str, int]]:
-    """The commit that a revision (None: the newest) is now, and the files of a configuration's split: path -> bytes.
+Files = dict[str, tuple[int, str]]  # path -> bytes, git's hash of the content
+
+
+def find_files(repository: str, name: str, revision: str | None, split: str = "train") -> tuple[str, Files]:
+    """The commit that a revision (None: the newest) is now, and the files of a configuration's split.
 
     Two small questions, answered or refused within 15 seconds. Raises the DataErrors above.
     """
     api = HfApi()
-    try:
+
+    def ask() -> tuple[str, Files]:
         info = api.dataset_info(repository, revision=revision, expand=["sha", "cardData"], timeout=PREFLIGHT_SECONDS)
         card = info.card_data.to_dict() if info.card_data else {}
-        pattern = _pattern(repository, name, split, card.get("configs") or [])
-        folder = posixpath.dirname(re.split(r"[*?\[]", pattern)[0])
-        matches = re.compile(fsspec.utils.glob_translate(pattern)).fullmatch
-        listing = api.list_repo_tree(
-            repository, folder or None, recursive="/" in pattern[len(folder) :].strip("/"), revision=info.sha,
-            repo_type="dataset",
-        )  # fmt: skip
-        entries = _within(2 * PREFLIGHT_SECONDS, lambda: list(listing))  # this call has no timeout of its own
+        files: Files = {}
+        for pattern in _patterns(repository, name, split, card.get("configs") or []):
+            folder = posixpath.dirname(re.split(r"[*?\[]", pattern)[0])
+            matches = re.compile(fsspec.utils.glob_translate(pattern)).fullmatch
+            deep = "**" in pattern or "/" in pattern[len(folder) :].strip("/")
+            listing = api.list_repo_tree(
+                repository, folder or None, recursive=deep, revision=info.sha, repo_type="dataset"
+            )
+            found = {e.path: (e.size, e.blob_id) for e in listing if isinstance(e, RepoFile) and matches(e.path)}
+            if not found:
+                raise ConfigOrSplitMissing(f"{repository} has no files {pattern} at commit {info.sha}")
+            files |= found
+        return str(info.sha), files
+
+    try:
+        return _within(PREFLIGHT_SECONDS, ask)  # list_repo_tree has no timeout of its own
     except Exception as error:
         raise as_data_error(error, repository) from None
-    files = {e.path: e.size for e in entries if isinstance(e, RepoFile) and matches(e.path)}
-    if not files:
-        raise ConfigOrSplitMissing(f"{repository} has no files {pattern} at commit {info.sha}")
-    return str(info.sha), files
 
 
-def _pattern(repository: str, name: str, split: str, configs: list[dict[str, Any]]) -> str:
-    """The glob of a configuration's split, from the `configs` of the dataset's card."""
+def _patterns(repository: str, name: str, split: str, configs: list[dict[str, Any]]) -> list[str]:
+    """The globs of a configuration's split, from the `configs` of the dataset's card."""
     if not configs and name == "default":
-        return f"data/{split}-*"  # how the hub lays out a dataset that says nothing
+        return [f"data/{split}-*"]  # how the hub lays out a dataset that says nothing
     for config in configs:
         if config.get("config_name", "default") == name:
             files = config.get("data_files", [])
@@ -101,13 +112,17 @@ def _pattern(repository: str, name: str, split: str, configs: list[dict[str, Any
             if split not in paths:
                 raise ConfigOrSplitMissing(f"{repository} {name} has no split {split}, only {', '.join(paths)}")
             path = paths[split]
-            return path if isinstance(path, str) else path[0]
+            return [path] if isinstance(path, str) else list(path)
     known = ", ".join(c.get("config_name", "default") for c in configs) or "default"
     raise ConfigOrSplitMissing(f"{repository} has no configuration {name!r}; it has {known}")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call that might never return; raises TimeoutError then."""
+    """The result of a call that might never return; raises TimeoutError then, or ReadStopped when this thread has to.
+
+    The call itself is left alone in a thread that waits for the network, in Python: that may die with the process,
+    where one that waits inside Arrow aborts it.
+    """
     answer: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
 
     def run() -> None:
@@ -117,13 +132,31 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
             answer.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    deadline = time.monotonic() + seconds
+    while True:
+        check_stop()
+        try:
+            result, error = answer.get(timeout=0.1)
+            break
+        except queue.Empty:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    check_stop()
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+class ReadStopped(Exception):
+    """The process is closing its data; whoever reads gives up."""
+
+
+reader = threading.local()  # reader.stop: an Event that ends the reads of this thread
+
+
+def check_stop() -> None:
+    if (stop := getattr(reader, "stop", None)) is not None and stop.is_set():
+        raise ReadStopped
 
 
 class HubFile(io.RawIOBase):
@@ -158,7 +191,10 @@ class HubFile(io.RawIOBase):
             return 0
         span = f"bytes={self._position}-{self._position + wanted - 1}"
         headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
-        response = get_session().get(self._url, headers=headers, timeout=READ_SECONDS, follow_redirects=True)
+        response = _within(
+            READ_MINUTES * 60,
+            lambda: get_session().get(self._url, headers=headers, timeout=READ_SECONDS, follow_redirects=True),
+        )
         hf_raise_for_status(response)
         if len(response.content) != wanted:
             raise EOFError(f"{self._url}: {len(response.content)} bytes came instead of {wanted}")
@@ -201,7 +237,7 @@ def as_data_error(error: Exception, what: str) -> Exception:
         return DatasetGated(f"{constants.ENDPOINT} refuses {what} ({error.response.status_code}): set HF_TOKEN")
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
         return DatasetMissing(f"{constants.ENDPOINT} has no {what}")
-    if seconds_to_wait(error) is not None:
+    if seconds_to_wait(error) is not None or isinstance(error, json.JSONDecodeError):  # a proxy's own page
         return HubUnreachable(
             f"cannot read {what} from {constants.ENDPOINT} ({type(error).__name__}). Check the network, HF_ENDPOINT "
             f"and HF_TOKEN; or train without the hub: --preset demo, or your own files with "

@@ -18,13 +18,11 @@ Shapes: T context length; a row is T inputs and, one further on, T targets.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import queue
-import random
 import sys
 import threading
 import time
@@ -35,136 +33,20 @@ from typing import Any
 
 import numpy as np
 
-from config import DATASETS, ConfigError, DataConfig, exit_code_of, load_config
-from hub import DataError, as_data_error, seconds_to_wait
-from sources import CHUNK, Chunk, EmptyStream, Source, files_of_share, read_chunks, resolve_source
-from tokenizer import Tokenizer, load_tiktoken, train_bpe
+from config import DATASETS, Config, ConfigError, DataConfig, exit_code_of, load_config
+from documents import DocumentStream, key_of
+from hub import DataError, reader
+from shards import write_shards
+from sources import Document, EmptyStream, Source, Tokenized, resolve_source
+from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
 STATE_FORMAT = 1
 _BPE_BYTES = 20_000_000  # of text that a tokenizer is trained on, at most
-_RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # waits after faults of the network, then the run ends
-_LONGEST_WAIT = 120  # seconds, if the hub asks for more
 
 
 class StateMismatch(DataError):
     """A saved data position belongs to other data."""
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation: a property of its text alone, the same in every epoch and process."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _key(*parts: object) -> random.Random:
-    """A random generator that depends on these parts only: counter-based, so that no generator state is saved."""
-    return random.Random(hashlib.sha256(repr(parts).encode()).digest())
-
-
-class DocumentStream:
-    """One source's training documents of one stream, epoch after epoch, in a repeatable shuffled order.
-
-    The files come in an order drawn once for the stream; within a window of at least CHUNK documents (a few
-    row groups) the order is drawn anew in each epoch. `position` is all there is to save:
-    [epoch, file (in that order), chunk (in that file), offset (in the window), documents of this epoch so far].
-    held_out=True gives the other documents, those for validation. epochs=None repeats for ever.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        stream: int,
-        n_streams: int,
-        epochs: int | None,
-        held_out: bool = False,
-    ):
-        self.source, self._config, self._epochs, self._held_out = source, config, epochs, held_out
-        self._stream, self._n_streams = stream, n_streams
-        self._files = files_of_share(len(source.files), stream, n_streams)
-        _key(config.seed, source.name, stream).shuffle(self._files)
-        self._quota = (config.max_samples + n_streams - 1 - stream) // n_streams if config.max_samples else sys.maxsize
-        self.seek([0, 0, 0, 0, 0])
-
-    def seek(self, position: Sequence[int]) -> None:
-        """Continue at a saved position."""
-        self._epoch, self._file, self._chunk, self._offset, self._drawn = position
-        self._next = (self._file, self._chunk)  # where the window after this one begins
-        self._window: list[str] | None = None
-        self._reader: Iterator[Chunk] | None = None
-        self._barren = self._drawn == 0  # nothing to give in this epoch so far
-
-    @property
-    def position(self) -> list[int]:
-        return [self._epoch, self._file, self._chunk, self._offset, self._drawn]
-
-    def draw(self) -> str | None:
-        """The next document; None when the last epoch is over. Raises DataError."""
-        while self._epochs is None or self._epoch < self._epochs:
-            if self._window is None:
-                self._window = self._read_window()
-            while self._offset < len(self._window):
-                text = self._window[self._offset]
-                self._offset += 1
-                self._drawn += 1
-                if text and is_held_out(text, self._config.val_fraction) == self._held_out:
-                    self._barren = False
-                    return text
-            self._end_window()
-        return None
-
-    def _read_window(self) -> list[str]:
-        """The window at (file, chunk), shuffled for this epoch; what max_samples cuts off is the same in each."""
-        texts: list[str] = []
-        file, chunk = self._file, self._chunk
-        while len(texts) < CHUNK and file < len(self._files):
-            more = self._read_chunk(file, chunk)
-            file, chunk = (file + 1, 0) if more is None else (file, chunk + 1)
-            texts += more or []
-        self._next = (file, chunk)
-        texts = texts[: self._quota - (self._drawn - self._offset)]
-        _key(self._config.seed, self.source.name, self._stream, self._epoch, self._file, self._chunk).shuffle(texts)
-        return texts
-
-    def _end_window(self) -> None:
-        (self._file, self._chunk), self._offset, self._window = self._next, 0, None
-        if self._file < len(self._files) and self._drawn < self._quota:
-            return
-        if self._barren:
-            what = "held-out documents" if self._held_out else "training documents"
-            remedy = "raise --data.val_fraction" if self._held_out else "use a smaller --data.n_streams, or more text"
-            raise EmptyStream(
-                f"{self.source.name} has no {what} "
-                f"(stream {self._stream} of {self._n_streams} read {self._drawn}); {remedy}"
-            )
-        self.seek([self._epoch + 1, 0, 0, 0, 0])
-
-    def _read_chunk(self, file: int, chunk: int) -> list[str] | None:
-        """One chunk's texts, None behind the file's last; reads again after a fault of the network."""
-        index, whole = self._files[file]
-        share = (0, 1) if whole else (self._stream, self._n_streams)
-        path = self.source.files[index]
-        for wait in (*_RETRY_SECONDS, None):
-            try:
-                if self._reader is None:
-                    self._reader = read_chunks(self.source, index, *share, start=chunk)
-                item = next(self._reader, None)
-                if item is None:
-                    self._reader = None
-                    return None
-                return item.texts
-            except DataError:
-                raise
-            except Exception as error:
-                self._reader = None
-                if not path.startswith("hf://"):
-                    raise DataError(f"{path} cannot be read: {error}") from error
-                asked = seconds_to_wait(error)
-                if wait is None or asked is None:
-                    raise as_data_error(error, path) from None
-                time.sleep(max(wait * random.uniform(0.5, 1), min(asked, _LONGEST_WAIT)))
-        raise AssertionError("the loop above returns or raises")
 
 
 class PackedSource:
@@ -187,10 +69,10 @@ class PackedSource:
         self._tail = np.empty(0, dtype=np.uint32)
         self._documents.seek(position)
         if used >= 0:
-            text = self._documents.draw()
-            if text is None:
+            document = self._documents.draw()
+            if document is None:
                 raise StateMismatch(f"{self.name} has fewer documents than when this state was saved")
-            ids = self._encode(text)
+            ids = encode(document, self._tokenizer)
             self._tail, self._last_length = ids[used:], len(ids)
 
     @property
@@ -199,28 +81,46 @@ class PackedSource:
         used = self._last_length - len(self._tail) if self._last_length else -1
         return [*self._last_position, used, self.n_rows, self.n_documents]
 
-    def next_row(self) -> np.ndarray | None:
-        """(T+1,) ids; fewer, but at least 2, at the end of the last epoch; None when nothing is left."""
-        parts, n = [self._tail], len(self._tail)
-        while n <= self._length:
-            position = self._documents.position
-            text = self._documents.draw()
-            if text is None:
-                break
-            ids = self._encode(text)
-            self._last_position, self._last_length = position, len(ids)
-            self.n_documents += 1
-            parts.append(ids)
-            n += len(ids)
-        if n < 2:
-            return None
-        flat = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        self._tail = flat[self._length :]  # with the token that is both a target now and an input next; or empty
-        self.n_rows += 1
-        return flat[: self._length + 1]
+    @property
+    def n_empty(self) -> int:
+        """Records without text that were passed over."""
+        return self._documents.n_empty
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.concatenate((np.array([self._tokenizer.eot_id], dtype=np.uint32), self._tokenizer.encode(text)))
+    def next_row(self, row: np.ndarray) -> int:
+        """Fill row (T+1,) with the next ids; returns how many: T+1, fewer at the end of the last epoch, 0 when none.
+
+        A single id that is left has nothing to predict: it counts as none.
+        """
+        tail, n = self._tail, 0
+        while True:
+            take = min(len(tail), len(row) - n)
+            row[n : n + take] = tail[:take]
+            n += take
+            if n == len(row):
+                self._tail = tail[take - 1 :]  # the last id is a target now and an input next
+                break
+            position = self._documents.position
+            document = self._documents.draw()
+            if document is None:
+                self._tail = tail[:0]
+                break
+            tail = encode(document, self._tokenizer)
+            self._last_position, self._last_length = position, len(tail)
+            self.n_documents += 1
+        if n < 2:
+            return 0
+        self.n_rows += 1
+        return n
+
+
+def encode(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """A document's ids, with end-of-text first."""
+    if isinstance(document, Tokenized):
+        return document.ids
+    ids = tokenizer.encode(document)
+    with_eot = np.empty(len(ids) + 1, dtype=np.uint32)
+    with_eot[0], with_eot[1:] = tokenizer.eot_id, ids
+    return with_eot
 
 
 class PackedStream:
@@ -234,22 +134,20 @@ class PackedStream:
     def __init__(self, sources: list[PackedSource], config: DataConfig, stream: int):
         self.sources = sources
         self._probabilities, self._by_tokens = config.dataset_probabilities, config.mix_by == "tokens"
-        phase = _key(config.seed, "mix", stream)  # so that the streams do not all take the same turn
+        phase = key_of(config.seed, "mix", stream)  # so that the streams do not all take the same turn
         self._phases = [phase.random() for _ in sources]
 
-    def next_row(self) -> tuple[int, np.ndarray] | None:
-        """(index of the source, row as of PackedSource); None when all sources are exhausted."""
-        counts = [
-            phase + (s.n_rows if self._by_tokens else s.n_documents)
-            for phase, s in zip(self._phases, self.sources, strict=True)
+    def next_row(self, row: np.ndarray) -> tuple[int, int]:
+        """Fill row (T+1,) as PackedSource does; returns (index of the source, ids filled), 0 when all are exhausted."""
+        due = [
+            (phase + (s.n_rows if self._by_tokens else s.n_documents)) / probability
+            for phase, s, probability in zip(self._phases, self.sources, self._probabilities, strict=True)
         ]
-        total = sum(counts)
-        behind = [p * total - count for p, count in zip(self._probabilities, counts, strict=True)]
-        for i in sorted(range(len(counts)), key=behind.__getitem__, reverse=True):
-            row = self.sources[i].next_row()
-            if row is not None:
-                return i, row
-        return None
+        for i in sorted(range(len(due)), key=due.__getitem__):
+            n = self.sources[i].next_row(row)
+            if n:
+                return i, n
+        return 0, 0
 
 
 @dataclass(frozen=True)
@@ -299,7 +197,7 @@ class DatasetPrep:
             for v in range(rank, config.n_streams, world_size)
         }
         self._delivered = self._stream_states()
-        self._queue: queue.Queue[tuple[Batch, Any] | Exception | None] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[tuple[Batch, Any] | BaseException | None] = queue.Queue(maxsize=2)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.seconds_waited = 0.0  # that the training loop waited for data so far
@@ -316,21 +214,28 @@ class DatasetPrep:
             self._thread.start()
             atexit.register(self.close)  # a thread that reads while the interpreter exits can abort it
         started = time.perf_counter()
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=0.2)
+                break
+            except queue.Empty:
+                if self._stop.is_set():
+                    raise RuntimeError("this DatasetPrep is closed") from None
         self.seconds_waited += time.perf_counter() - started
-        if item is None or isinstance(item, Exception):
+        if item is None or isinstance(item, BaseException):
             self._queue.put(item)  # asked again, it answers the same
             raise StopIteration if item is None else item
         batch, self._delivered = item
         return batch
 
     def _produce(self) -> None:
+        reader.stop = self._stop
         try:
             while (batch := self._next_batch()) is not None:
                 if not self._put((batch, self._stream_states())):
                     return
             self._put(None)
-        except Exception as error:  # shown by the thread that trains
+        except BaseException as error:  # shown by the thread that trains; a panic of tiktoken's is no Exception
             self._put(error)
 
     def _put(self, item: Any) -> bool:
@@ -349,15 +254,21 @@ class DatasetPrep:
         return Batch(np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64), 0, mix)
 
     def _next_batch(self) -> Batch | None:
-        batch = self.empty_batch()
+        rows = np.zeros((self._rows_per_stream * len(self._streams), self._length + 1), dtype=np.int64)
+        mix = np.zeros(len(self.sources), dtype=np.int64)
+        unfilled = []
         order = itertools.product(range(self._rows_per_stream), self._streams.values())
-        for inputs, targets, (_, stream) in zip(batch.inputs, batch.targets, order, strict=True):
-            drawn = stream.next_row()
-            if drawn is not None:
-                source, row = drawn
-                inputs[: len(row) - 1], targets[: len(row) - 1] = row[:-1], row[1:]
-                batch.mix[source] += len(row) - 1
-        return dataclasses.replace(batch, n_targets=int(batch.mix.sum())) if batch.mix.any() else None
+        for i, (_, stream) in enumerate(order):
+            source, n = stream.next_row(rows[i])
+            mix[source] += max(0, n - 1)
+            if n < rows.shape[1]:
+                unfilled.append((i, n))
+        inputs, targets = rows[:, :-1], rows[:, 1:]  # views of the same ids
+        if unfilled:
+            targets = targets.copy()
+            for i, n in unfilled:
+                targets[i, max(0, n - 1) :] = IGNORED
+        return Batch(inputs, targets, int(mix.sum()), mix) if mix.any() else None
 
     def close(self) -> None:
         """Stop reading ahead; waits for the thread, which may be in the middle of a read."""
@@ -376,9 +287,13 @@ class DatasetPrep:
 
         Raises StateMismatch naming what differs. Call it before the first batch.
         """
-        identity = self._identity()
-        changed = [k for k, value in identity.items() if state["identity"].get(k) != value]
-        if state["format"] != STATE_FORMAT or changed:
+        if self._thread is not None:
+            raise RuntimeError("load_state_dict comes before the first batch")
+        identity, saved_identity = self._identity(), state.get("identity", {})
+        changed = [k for k, value in identity.items() if saved_identity.get(k) != value]
+        if not changed and not {str(v) for v in self._streams} <= state["streams"].keys():
+            changed = ["the streams it holds"]
+        if state.get("format") != STATE_FORMAT or changed:
             raise StateMismatch(
                 f"the saved data position does not fit: {', '.join(changed) or 'its format'} changed; "
                 f"use the data and settings of the saved run, or start a new one with another --train.run_name"
@@ -388,12 +303,28 @@ class DatasetPrep:
                 source.load_state(saved)
         self._delivered = self._stream_states()
 
+    def totals(self) -> dict[str, int]:
+        """Rows and documents delivered by this process's streams since the run began; records without text it met."""
+        states = [state for stream in self._delivered.values() for state in stream]
+        empty = sum(source.n_empty for stream in self._streams.values() for source in stream.sources)
+        return {"rows": sum(s[-2] for s in states), "documents": sum(s[-1] for s in states), "empty": empty}
+
+    def mix(self) -> dict[str, float]:
+        """The share of the rows that each source has had since the run began, in this process's streams."""
+        rows = np.array([[state[-2] for state in stream] for stream in self._delivered.values()]).sum(axis=0)
+        return dict(zip(self.config.current_datasets, (rows / max(1, rows.sum())).tolist(), strict=True))
+
+    def encode(self, document: Document) -> np.ndarray:
+        """A document's ids, with end-of-text first."""
+        return encode(document, self.tokenizer)
+
     def _stream_states(self) -> dict[str, list[list[int]]]:
         return {str(v): [source.state for source in stream.sources] for v, stream in self._streams.items()}
 
     def _identity(self) -> dict[str, Any]:
         c = self.config
         return {
+            "datasets": [s.name for s in self.sources],
             "n_streams": c.n_streams, "seed": c.seed, "max_length": self._length, "val_fraction": c.val_fraction,
             "max_samples": c.max_samples, "mix_by": c.mix_by, "probabilities": list(c.dataset_probabilities),
             "tokenizer": self.tokenizer.fingerprint, **{f"files of {s.name}": s.identity for s in self.sources},
@@ -418,8 +349,8 @@ class DatasetPrep:
             packed = PackedSource(documents, self.tokenizer, self._length)
             rows: list[np.ndarray] = []
             while len(rows) < max(1, c.val_tokens // self._length):
-                row = packed.next_row()
-                if row is None or len(row) <= self._length:
+                row = np.empty(self._length + 1, dtype=np.uint32)
+                if packed.next_row(row) < len(row):
                     break
                 rows.append(row)
             if not rows:
@@ -433,6 +364,16 @@ class DatasetPrep:
 
     def _load_tokenizer(self) -> Tokenizer:
         c = self.config
+        if c.shards_dir:
+            path = Path(c.shards_dir).expanduser() / "tokenizer.json"
+            tokenizer = Tokenizer.from_dict(json.loads(path.read_text()))
+            if (tokenizer.name, tokenizer.n_vocab) != (c.tokenizer, c.n_vocab):
+                raise ConfigError(
+                    f"the shards in {c.shards_dir} are made with the tokenizer {tokenizer.name} of {tokenizer.n_vocab} "
+                    f"entries; use --data.tokenizer {tokenizer.name}"
+                    + (f" --data.bpe_vocab_size {tokenizer.n_vocab}" if tokenizer.name == "bpe" else "")
+                )
+            return tokenizer
         if c.tokenizer != "bpe":
             return load_tiktoken(c.tokenizer, c.cache_dir)
         identities = [source.identity for source in self.sources]
@@ -449,6 +390,8 @@ class DatasetPrep:
             documents = DocumentStream(source, self.config, stream=0, n_streams=1, epochs=1)
             n_bytes = 0
             while n_bytes < probability * _BPE_BYTES and (text := documents.draw()) is not None:
+                assert isinstance(text, str)
+                text = without_surrogates(text)
                 n_bytes += len(text.encode())
                 yield text
 
@@ -463,8 +406,8 @@ class DatasetPrep:
             length: float = DATASETS[source.name].tokens_per_document
             if not length:
                 stream = DocumentStream(source, self.config, stream=0, n_streams=1, epochs=1)
-                texts = itertools.islice(iter(stream.draw, None), sample)
-                length = float(np.mean([len(self.tokenizer.encode(text)) + 1 for text in texts]))
+                documents = itertools.islice(stream, sample)
+                length = float(np.mean([len(self.encode(document)) for document in documents]))
             tokens[source.name] = planned_tokens(source.name, self.config, source.documents, length)
         return tokens
 
@@ -498,56 +441,111 @@ def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 # --------------------------------------------------------------------------------------
 
 
+@dataclass
+class PrepareConfig(Config):
+    write_shards: str = ""  # tokenize the datasets into this folder, for training with --data.shards_dir
+    n_shards: int = 64  # shards of each dataset, with write_shards
+    processes: int = 0  # processes that write shards; 0: as many as there are processors
+    plot: str = ""  # draw the length of the documents of each dataset into this PNG
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show the sources, the mix and a few rows as the model will see them, and how fast they come."""
-    config = load_config(argv, "Preview the training data: sources, speed, realised mix, and decoded rows.")
+    """Show the sources, the mix and a few rows as the model will see them, and how fast they come; or write shards."""
+    description = "Preview the training data: sources, speed, realised mix, decoded rows. Or write it as shards."
+    config = load_config(argv, description, PrepareConfig)
     data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step())
     tokenizer = data.tokenizer
     print(f"tokenizer {tokenizer.name}, {tokenizer.n_vocab} entries, end-of-text is {tokenizer.eot_id}\n")
+    if config.write_shards:
+        return write(config, data)
 
-    columns = (
-        ("files", 7),
-        ("documents", 13),
-        ("held out", 10),
-        ("bytes/doc", 11),
-        ("tokens/doc", 12),
-        ("bytes/token", 13),
-    )
-    print(f"{'dataset':<12}" + "".join(f"{name:>{width}}" for name, width in columns))
+    columns = ("files", 7), ("documents", 13), ("held out", 10), ("bytes/doc", 11), ("tokens/doc", 12)
+    print(f"{'dataset':<12}" + "".join(f"{name:>{width}}" for name, width in columns) + f"{'bytes/token':>13}")
+    lengths: dict[str, list[int]] = {}
     for source in data.sources:
         stream = DocumentStream(source, config.data, stream=0, n_streams=1, epochs=1)
-        texts = list(itertools.islice(iter(stream.draw, None), 500))
-        n_bytes, n_tokens = sum(len(t.encode()) for t in texts), sum(len(tokenizer.encode(t)) for t in texts)
+        encoded = [data.encode(document) for document in itertools.islice(stream, 1000)]
+        lengths[source.name] = [len(ids) for ids in encoded]
+        n_bytes, n_tokens = sum(int(tokenizer.token_byte_length[ids].sum()) for ids in encoded), sum(map(len, encoded))
         print(
-            f"{source.name:<12}{len(source.files):>7,}{source.documents or '?':>13,}"
-            f"{config.data.val_fraction:>10.1%}{n_bytes / len(texts):>11,.0f}"
-            f"{n_tokens / len(texts):>12,.0f}{n_bytes / n_tokens:>13.2f}"
+            f"{source.name:<12}{len(source.files):>7,}{f'{source.documents:,}' if source.documents else '?':>13}"
+            f"{config.data.val_fraction:>10.1%}{n_bytes / len(encoded):>11,.0f}"
+            f"{n_tokens / len(encoded):>12,.0f}{n_bytes / n_tokens:>13.2f}"
         )
 
-    started, n_targets, mix, n_batches = time.perf_counter(), 0, np.zeros(len(data.sources)), 0
-    batch = None
-    for batch in data:
-        n_targets, mix, n_batches = n_targets + batch.n_targets, mix + batch.mix, n_batches + 1
-        if time.perf_counter() - started > 5:
+    started = time.perf_counter()
+    batches: list[Batch] = []
+    while not batches or time.perf_counter() - started < 5:
+        batch = next(data, None)
+        if batch is None:
             break
+        batches = [*batches[-1:], batch]
     seconds = time.perf_counter() - started
     data.close()
-    if batch is None:
+    if not batches:
         raise DataError("the datasets gave no batch")
-    documents = sum(source[-1] for stream in data.state_dict()["streams"].values() for source in stream)
+    totals = data.totals()
+    n_tokens = totals["rows"] * config.model.max_length
     print(
-        f"\n{n_batches} steps of {len(batch.inputs)} rows x {config.model.max_length} tokens in {seconds:.1f} s: "
-        f"{n_targets / seconds / 1e6:.2f} M tokens/s, {documents / seconds:,.0f} documents/s"
+        f"\n{totals['rows']:,} rows of {config.model.max_length} tokens from {totals['documents']:,} documents in "
+        f"{seconds:.1f} s: {n_tokens / seconds / 1e6:.2f} M tokens/s"
     )
-    shares = ", ".join(
-        f"{s.name} {share:.1%} (asked {p:.1%})"
-        for s, share, p in zip(data.sources, mix / mix.sum(), config.data.dataset_probabilities, strict=True)
-    )
-    print(f"share of tokens: {shares}")
-    for i in range(2):
-        text = tokenizer.decode(batch.inputs[i])
-        print(f"\n--- row {i}, its first 600 characters ---\n{text[:600]}")
+    asked = dict(zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True))
+    print("share     " + ", ".join(f"{name} {share:.2%} of {asked[name]:.0%}" for name, share in data.mix().items()))
+    full = sum(b.n_targets for b in batches) / sum(b.targets.size for b in batches)
+    print(f"packing   {full:.1%} of the positions are targets; {totals['empty']:,} records had no text")
+    for i in range(min(2, len(batches[-1].inputs))):
+        row = batches[-1].inputs[i]
+        parts = np.split(row, np.flatnonzero(row == tokenizer.eot_id))
+        texts = [tokenizer.decode(ids[ids != tokenizer.eot_id].tolist()) for ids in parts]
+        shown = "\n=== a document begins ===\n".join(texts)
+        print(f"\n--- row {i}, its first 600 characters ---\n{shown[:600]}")
+    if config.plot:
+        plot_lengths(lengths, Path(config.plot))
+        print(f"\nlengths drawn in {config.plot}")
     return 0
+
+
+def write(config: PrepareConfig, data: DatasetPrep) -> int:
+    """--write_shards: a line for each dataset, and a bar on a terminal."""
+    from tqdm import tqdm
+
+    folder = Path(config.write_shards).expanduser()
+    bars: dict[str, tqdm] = {}
+    progress = write_shards(
+        folder, data.sources, data.tokenizer, config.data, config.n_shards, config.processes or os.cpu_count() or 1
+    )
+    for name, ready in progress:
+        bar = bars.setdefault(name, tqdm(total=config.n_shards, desc=name, unit="shard", disable=None))
+        bar.update(ready - bar.n)
+        if ready == config.n_shards:
+            bar.close()
+            n_bytes = sum(path.stat().st_size for path in (folder / name).glob("*.bin"))
+            print(f"{name:<12}{config.n_shards} shards, {n_bytes / 1e6:,.1f} MB in {folder / name}")
+    print(f"\ntrain on them with --data.shards_dir {folder}")
+    return 0
+
+
+def plot_lengths(lengths: dict[str, list[int]], path: Path) -> None:
+    """Histograms of document lengths in tokens, a panel for each dataset, on one logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        len(lengths), 1, figsize=(8, 1 + 2 * len(lengths)), sharex=True, squeeze=False, layout="constrained"
+    )
+    longest = max(max(values) for values in lengths.values())
+    bins = np.geomspace(1, longest + 1, 60)
+    for (name, values), axes in zip(lengths.items(), panels[:, 0], strict=True):
+        axes.hist(values, bins=bins)
+        axes.axvline(float(np.mean(values)), color="black", linestyle="--", label=f"mean {np.mean(values):,.0f}")
+        axes.set(xscale="log", ylabel="documents", title=f"{name}: {len(values):,} documents")
+        axes.legend()
+    panels[-1, 0].set_xlabel("tokens per document")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

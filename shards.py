@@ -1,0 +1,104 @@
+"""Pre-tokenized shards: tokenize once, then read any number of epochs by memory map (sources.py reads them).
+
+    DIR/tokenizer.json
+    DIR/<DATASET>/settings.json              what they were made from; checked when making goes on, and when reading
+    DIR/<DATASET>/shard-00000-of-00064.bin   ids, end-of-text before each document, uint16 or uint32
+    DIR/<DATASET>/shard-00000-of-00064.npy   of each document: where its ids end, and the hash of its text
+
+The hash decides, as for text, whether a document is held out; so every val_fraction works. Each shard is a share of
+the dataset that one process writes on its own, under another name until it is whole: making goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import DataConfig
+from documents import DocumentStream
+from hub import DataError
+from sources import SHARD_INDEX, Source, Tokenized, document_hash, read_shard_settings
+from tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Source
+    tokenizer: Tokenizer
+    config: DataConfig
+    shard: int
+    n_shards: int
+    path: Path  # of the .bin file
+
+
+def write_shards(
+    folder: Path, sources: list[Source], tokenizer: Tokenizer, config: DataConfig, n_shards: int, processes: int
+) -> Iterator[tuple[str, int]]:
+    """Tokenize each source into n_shards shards; yields (dataset, shards that are ready) as they get ready.
+
+    Shards that are there already are kept. Raises DataError when they were made with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "tokenizer.json", tokenizer.to_dict())
+    for source in sources:
+        place = folder / source.name
+        place.mkdir(exist_ok=True)
+        settings = {
+            "format": FORMAT, "n_shards": n_shards, "n_vocab": tokenizer.n_vocab, "tokenizer": tokenizer.fingerprint,
+            "source": source.identity, "max_samples": config.max_samples, "seed": config.seed,
+        }  # fmt: skip
+        known = read_shard_settings(place)
+        if known is not None and known != settings:
+            changed = ", ".join(key for key in settings if known.get(key) != settings[key])
+            raise DataError(f"{place} holds shards made with another {changed}; choose another folder, or remove it")
+        _write(place / "settings.json", settings)
+        paths = [place / f"shard-{i:05d}-of-{n_shards:05d}.bin" for i in range(n_shards)]
+        jobs = [
+            _Job(source, tokenizer, config, i, n_shards, path)
+            for i, path in enumerate(paths)
+            if not path.with_suffix(".npy").exists()
+        ]
+        ready = n_shards - len(jobs)
+        yield source.name, ready
+        if jobs:
+            with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs))) as pool:
+                for _ in pool.imap_unordered(_write_shard, jobs):
+                    ready += 1
+                    yield source.name, ready
+
+
+def _write_shard(job: _Job) -> None:
+    """Write one shard; its index comes last, so a shard with an index is whole."""
+    dtype = np.uint16 if job.tokenizer.n_vocab <= 2**16 else np.uint32
+    eot = np.array([job.tokenizer.eot_id], dtype=dtype).tobytes()
+    stream = DocumentStream(job.source, job.config, job.shard, job.n_shards, epochs=1, held_out=None)
+    index: list[tuple[int, int]] = []
+    end = 0
+    partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.tmp")
+    with partial.open("wb") as file:
+        for document in stream:
+            assert not isinstance(document, Tokenized)
+            ids = job.tokenizer.encode(document)
+            file.write(eot + ids.astype(dtype).tobytes())
+            end += 1 + len(ids)
+            index.append((end, document_hash(document)))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(job.path)
+    partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.npy")
+    np.save(partial, np.array(index, dtype=SHARD_INDEX))
+    partial.rename(job.path.with_suffix(".npy"))
+
+
+def _write(path: Path, value: object) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(value))
+    partial.rename(path)
