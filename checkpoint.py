@@ -294,7 +294,7 @@ def check_same_run(path: Path, config: Config, tokenizer: Tokenizer) -> None:
     """Refuse to resume a run whose model, data or schedule changed. Raises CheckpointError with each change."""
     saved = read_config(path)
     changes = []
-    for group, free in (("data", {"cache_dir", "val_tokens"}), ("model", set()), ("train", _FREE_TRAINING_FIELDS)):
+    for group, free in (("data", _FREE_DATA_FIELDS), ("model", set()), ("train", _FREE_TRAINING_FIELDS)):
         old, new = dataclasses.asdict(getattr(saved, group)), dataclasses.asdict(getattr(config, group))
         changes += [f"{group}.{k} {old[k]} -> {new[k]}" for k in old if k not in free and old[k] != new[k]]
     if load_tokenizer(path).fingerprint != tokenizer.fingerprint:
@@ -305,6 +305,8 @@ def check_same_run(path: Path, config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
+# Places, which say nothing about what is there: the data's position carries hashes of the files and refuses others.
+_FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 # What may change between a run and its continuation without changing what is learned. (Batch size and
 # accumulation may be traded for each other or for devices: train.py checks their product.)
 _FREE_TRAINING_FIELDS = {

@@ -130,8 +130,8 @@ def train(config: Config) -> int:
     )
     say(f"compile   {'on: the first step takes a minute' if compiled else why_not_compile(device) or 'off'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
-    mix = ", ".join(f"{name} {share:.0%}" for name, share in shares)
-    say(f"data      {mix} | tokenizer {tokenizer.name}")
+    asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+    say(f"data      {asked} | tokenizer {tokenizer.name}")
     say(
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
         f"x {config.model.max_length} = {tokens_per_step:,} tokens per step"
@@ -158,7 +158,9 @@ def train(config: Config) -> int:
                 f"  held out {name:<12} loss {s['loss']:.4f} +- {s['loss_se']:.4f} | bits/byte "
                 f"{s['bits_per_byte']:.4f} +- {s['bits_per_byte_se']:.4f} | top-1 {s['top1']:.1%}"
             )
-        record("validation", datasets=scores, seconds=seconds_trained)
+        mix = data.mix()
+        say(f"  mix so far   {', '.join(f'{name} {share:.2%}' for name, share in mix.items())}")
+        record("validation", datasets=scores, mix=mix, seconds=seconds_trained)
         if is_main:
             plot_loss(run_dir)
             settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)

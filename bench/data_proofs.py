@@ -188,7 +188,7 @@ def kills(folder: Path, n: int = 50) -> dict[str, Any]:
         process = start({**job, "world": world})
         if killed < n:
             deadline = time.monotonic() + 60
-            goal = before + chance.randint(0, 2 * steps // n - 10)
+            goal = before + chance.randint(0, 3 * steps // (2 * n))
             while process.poll() is None and time.monotonic() < deadline:  # until it is somewhere behind `before`
                 reached = json.loads(position.read_text())["step"] if position.exists() else 0
                 if reached >= goal:
