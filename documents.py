@@ -107,10 +107,11 @@ class DocumentStream:
         if self._file < len(self._files) and self._drawn < self._quota:
             return
         if self._barren:
-            what = "held-out documents" if self._held_out else "training documents"
-            remedy = (
-                "raise --data.val_fraction" if self._held_out else "use a smaller --data.n_streams, or more documents"
-            )
+            what, remedy = {
+                True: ("held-out documents", "raise --data.val_fraction"),
+                False: ("training documents", "use a smaller --data.n_streams, or more documents"),
+                None: ("documents", "use a smaller --n_shards, or more documents"),
+            }[self._held_out]
             raise EmptyStream(
                 f"{self.source.name} has no {what} "
                 f"(stream {self._stream} of {self._n_streams} read {self._drawn}); {remedy}"

@@ -191,6 +191,11 @@ class DatasetPrep:
         self.config, self._length, self._epochs = config, length, epochs
         self.sources = [resolve_source(name, config) for name in config.current_datasets]
         self.tokenizer = tokenizer or self._load_tokenizer()
+        if tokenizer and config.shards_dir and self._load_tokenizer().fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"the shards in {config.shards_dir} are made with another tokenizer than the run; "
+                f"put those that the run was trained on there again"
+            )
         self._rows_per_stream = rows_per_step // config.n_streams
         self._streams = {
             v: PackedStream([self._packed(source, v) for source in self.sources], config, v)

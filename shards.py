@@ -47,7 +47,10 @@ def write_shards(
     Shards that are there already are kept. Raises DataError when they were made with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "tokenizer.json", tokenizer.to_dict())
+    path = folder / "tokenizer.json"  # one for all datasets
+    if path.exists() and json.loads(path.read_text()) != tokenizer.to_dict():
+        raise DataError(f"{folder} holds shards made with another tokenizer; choose another folder, or remove it")
+    _write(path, tokenizer.to_dict())
     for source in sources:
         place = folder / source.name
         place.mkdir(exist_ok=True)
@@ -64,7 +67,7 @@ def write_shards(
         jobs = [
             _Job(source, tokenizer, config, i, n_shards, path)
             for i, path in enumerate(paths)
-            if not path.with_suffix(".npy").exists()
+            if not (path.exists() and path.with_suffix(".npy").exists())
         ]
         ready = n_shards - len(jobs)
         yield source.name, ready
@@ -73,6 +76,8 @@ def write_shards(
                 for _ in pool.imap_unordered(_write_shard, jobs):
                     ready += 1
                     yield source.name, ready
+        for leftover in place.glob(".shard-*"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
 
 
 def _write_shard(job: _Job) -> None:

@@ -240,7 +240,7 @@ def read_chunks(source: Source, file: int, share: int, n_shares: int, start: int
     """
     path, size = source.files[file], source.sizes[file]
     if path.endswith(".bin"):
-        return _shard_chunks(path, size, (share + file) % n_shares, n_shares, start)
+        return _shard_chunks(path, (share + file) % n_shares, n_shares, start)
     read = _parquet_chunks if path.endswith(".parquet") else _row_chunks
     # Shared files begin with another share each, so that short files do not all fall to the first.
     return read(source, path, size, (share + file) % n_shares, n_shares, start)
@@ -288,9 +288,7 @@ def _row_chunks(source: Source, path: str, size: int, share: int, n_shares: int,
         yield Chunk(index, [_text_of(source, path, i, row) for i, row in batch])
 
 
-def _shard_chunks(path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
-    if not size:
-        return
+def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
     index, n_vocab = _shard_index(path), _shard_vocabulary(str(Path(path).parent))
     ids = np.memmap(path, dtype=np.uint16 if n_vocab <= 2**16 else np.uint32, mode="r")
     ends, hashes = index["end"], index["hash"]
@@ -325,7 +323,11 @@ def _shard_vocabulary(folder: str) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _shard_index(path: str) -> np.ndarray:
-    index: np.ndarray = np.load(Path(path).with_suffix(".npy"), mmap_mode="r")
+    file = Path(path).with_suffix(".npy")
+    try:
+        index: np.ndarray = np.load(file, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise CorruptRecord(f"{file} cannot be read: {error}; remove it and make the shard again") from None
     return index
 
 

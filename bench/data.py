@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
+from bench.context import context
 from config import DataConfig
 from documents import DocumentStream
 from prepare_data import DatasetPrep
@@ -85,7 +86,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             data.close()
     pairs = zip(speeds["parquet to batches"], speeds["bare tiktoken"], strict=True)  # of the same minute
     return {
-        "command": "python bench/data.py",
+        "context": context(),
         "text": f"{len(trained_on)} documents, {n_tokens} tokens of gpt2, one core, prefetch thread included",
         "million tokens per second": {k: [round(v, 3) for v in values] for k, values in speeds.items()},
         "ratios": {"parquet / bare tiktoken, median of pairs": round(statistics.median(a / b for a, b in pairs), 4)},

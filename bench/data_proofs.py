@@ -25,9 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.context import context
+
+ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 128
 ROWS = 16  # rows of a step
 
@@ -303,7 +305,7 @@ def main() -> int:
     results = json.loads(out.read_text()) if out.exists() else {}
     for name in sys.argv[1:] or PROOFS:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = PROOFS[name](Path(folder))
+            results[name] = PROOFS[name](Path(folder)) | {"context": context()}
         print(f"{name:<8} {'passed' if results[name]['passed'] else 'FAILED'}  {results[name]}", flush=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(r["passed"] for r in results.values()) else 1

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import documents
 import prepare_data
 from config import DATASETS, DataConfig, Dataset, exit_code_of
+from documents import DocumentStream, is_held_out
 from hub import DataError
-from prepare_data import Batch, DatasetPrep, DocumentStream, PackedSource, StateMismatch, is_held_out
-from sources import CorruptRecord, EmptyStream, Source, TextFieldMissing, read_chunks, resolve_source
+from prepare_data import Batch, DatasetPrep, PackedSource, StateMismatch
+from sources import CorruptRecord, Document, EmptyStream, Source, TextFieldMissing, read_chunks, resolve_source
 from tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, load_tiktoken
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,9 +123,13 @@ def opened(config: DataConfig, rows: int = 16, rank: int = 0, world: int = 1, **
         data.close()
 
 
-def documents(config: DataConfig, stream: int = 0, n_streams: int = 1, epochs: int = 1, **more: Any) -> list[str]:
+def documents_of(config: DataConfig, stream: int = 0, n_streams: int = 1, epochs: int = 1, **more: Any) -> list[str]:
     source = resolve_source("LOCAL", config)
-    return list(iter(DocumentStream(source, config, stream, n_streams, epochs, **more).draw, None))
+    return texts_in(DocumentStream(source, config, stream, n_streams, epochs, **more))
+
+
+def texts_in(stream: Iterable[Document]) -> list[str]:
+    return [text for text in stream if isinstance(text, str)]
 
 
 def tokens_of_streams(batches: Sequence[Batch], n_streams: int = V) -> list[list[int]]:
@@ -139,11 +147,11 @@ def tokens_of_streams(batches: Sequence[Batch], n_streams: int = V) -> list[list
     return streams
 
 
-def split_documents(tokens: Sequence[int]) -> list[str]:
+def split_documents(tokens: Sequence[int], tokenizer: Tokenizer = BYTES) -> list[str]:
     """Documents of a stream, each of which begins with end-of-text."""
-    assert not tokens or tokens[0] == EOT
-    starts = [i for i, token in enumerate(tokens) if token == EOT]
-    return [BYTES.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise([*starts, len(tokens)])]
+    assert not tokens or tokens[0] == tokenizer.eot_id
+    starts = [i for i, token in enumerate(tokens) if token == tokenizer.eot_id]
+    return [tokenizer.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise([*starts, len(tokens)])]
 
 
 def global_batches(config: DataConfig, world: int, rows: int = 16, **more: Any) -> Iterator[Batch]:
@@ -178,11 +186,14 @@ def assert_same(a: Sequence[Batch], b: Sequence[Batch]) -> None:
 
 @pytest.fixture
 def mixed_files(tmp_path: Path) -> tuple[list[Path], list[str]]:
+    return write_mixed_files(tmp_path / "files")
+
+
+def write_mixed_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Every kind of local file, in nested folders, with empty and null texts; and the documents in them.
 
     They are fewer than streams, so that each is divided among all.
     """
-    folder = tmp_path / "files"
     lines, zipped, many, few = texts_of("j", 83), texts_of("z", 41), texts_of("m", 120), texts_of("f", 57)
     write_jsonl(folder / "a/lines.jsonl", [*lines[:40], None, "", *lines[40:]])
     write_jsonl(folder / "a/b/zipped.jsonl.gz", zipped)
@@ -207,7 +218,7 @@ def test_every_token_of_an_epoch_is_a_target_once_with_end_of_text_before_each_d
     config = config_of(tmp_path, *paths)
     streams = tokens_of_streams(list(global_batches(config, 1, epochs=1)))
     for v, tokens in enumerate(streams):
-        expected = documents(config, v, V)
+        expected = documents_of(config, v, V)
         assert tokens == [t for text in expected for t in (EOT, *text.encode())]
     seen = [text for tokens in streams for text in split_documents(tokens)]
     assert sorted(seen) == sorted(t for t in texts if not is_held_out(t, config.val_fraction))
@@ -220,7 +231,7 @@ def test_training_and_held_out_documents_together_are_all_documents(
     config = config_of(tmp_path, *files)
     streams = tokens_of_streams(list(global_batches(config, 1, epochs=1)))
     trained = [text for tokens in streams for text in split_documents(tokens)]
-    held_out = documents(config, held_out=True)
+    held_out = documents_of(config, held_out=True)
     assert len(held_out) > 20
     assert Counter(trained) + Counter(held_out) == Counter(texts)
     assert all(count == 1 for count in Counter(texts).values())
@@ -233,7 +244,7 @@ def test_empty_files_among_others_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "17.jsonl").write_text("\n\n  \n")
     paths += [write_parquet(tmp_path / "18.parquet", [], 1), tmp_path / "16.txt", tmp_path / "17.jsonl"]
     config = config_of(tmp_path, *paths, n_streams=4)
-    seen = [text for v in range(4) for text in documents(config, v, 4)]
+    seen = [text for v in range(4) for text in documents_of(config, v, 4)]
     assert Counter(seen) == Counter(t for t in texts if not is_held_out(t, config.val_fraction))
 
 
@@ -262,25 +273,26 @@ def test_two_datasets_keep_all_their_tokens_when_mixed(tmp_path: Path, register:
     with opened(config, rows=2, epochs=1) as data:
         for v in range(2):
             tokens: dict[str, list[int]] = {"A": [], "B": []}
-            while (drawn := data._streams[v].next_row()) is not None:
+            row = np.zeros(T + 1, dtype=np.int64)
+            while (drawn := data._streams[v].next_row(row)) != (0, 0):
                 stream = tokens[config.current_datasets[drawn[0]]]
-                assert not stream or stream[-1] == drawn[1][0]
-                stream += drawn[1].tolist()[1 if stream else 0 :]
+                assert not stream or stream[-1] == row[0]
+                stream += row[: drawn[1]].tolist()[1 if stream else 0 :]
             for source in data.sources:
-                expected = list(iter(DocumentStream(source, config, v, 2, epochs=1).draw, None))
+                expected = texts_in(DocumentStream(source, config, v, 2, epochs=1))
                 assert split_documents(tokens[source.name]) == expected
 
 
 def test_a_row_s_last_target_is_the_next_row_s_first_input_and_only_the_last_row_is_short(tmp_path: Path) -> None:
     config = config_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts_of("d", 50)), n_streams=1)
     packed = PackedSource(DocumentStream(resolve_source("LOCAL", config), config, 0, 1, 1), BYTES, T)
-    rows = []
-    while (row := packed.next_row()) is not None:
-        rows.append(row.tolist())
+    row, rows = np.zeros(T + 1, dtype=np.int64), []
+    while n := packed.next_row(row):
+        rows.append(row[:n].tolist())
     assert all(a[-1] == b[0] for a, b in itertools.pairwise(rows))
     assert {len(row) for row in rows[:-1]} == {T + 1}
     assert 2 <= len(rows[-1]) <= T + 1
-    assert packed.next_row() is None
+    assert packed.next_row(row) == 0
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 5000])
@@ -317,12 +329,12 @@ def test_a_long_text_file_is_cut_at_line_ends_into_pieces_that_join_to_it_again(
     (tmp_path / "book.txt").write_text("".join(lines))
     (tmp_path / "one line.txt").write_text("word " * 80_000)
     source = resolve_source("LOCAL", config_of(tmp_path, tmp_path / "book.txt", tmp_path / "one line.txt"))
-    pieces = [t for chunk in read_chunks(source, 0, 0, 1, 0) for t in chunk.texts]
+    pieces = texts_in(t for chunk in read_chunks(source, 0, 0, 1, 0) for t in chunk.documents)
     assert "".join(pieces) == "".join(lines)
     assert all(piece.endswith("\n") and len(piece.encode()) < 33_000 for piece in pieces)
     assert len(pieces) > 10
     assert source.documents == len(pieces) + 1
-    (whole,) = [t for chunk in read_chunks(source, 1, 0, 1, 0) for t in chunk.texts]
+    (whole,) = [t for chunk in read_chunks(source, 1, 0, 1, 0) for t in chunk.documents]
     assert whole == "word " * 80_000
 
 
@@ -338,14 +350,39 @@ def test_the_shares_of_one_file_are_all_its_rows_once_and_can_begin_at_any_chunk
     source = resolve_source("LOCAL", config_of(tmp_path, *files))
     for file in range(len(files)):
         shares = [list(read_chunks(source, file, share, n_shares, 0)) for share in range(n_shares)]
-        assert Counter(t for chunks in shares for chunk in chunks for t in chunk.texts) == Counter(texts)
+        assert Counter(t for chunks in shares for chunk in chunks for t in chunk.documents) == Counter(texts)
         for share, chunks in enumerate(shares):
             for start in range(len(chunks) + 1):
                 again = list(read_chunks(source, file, share, n_shares, start))
                 assert again == chunks[start:]
-        lengths = [sum(len(chunk.texts) for chunk in chunks) for chunks in shares]
+        lengths = [sum(len(chunk.documents) for chunk in chunks) for chunks in shares]
         if file < 2 or n_shares > 13:  # not dealt out by row groups
             assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("large", ["a large file beside it", "full row groups before it"])
+def test_a_small_share_of_the_text_is_not_a_stream_of_its_own(tmp_path: Path, large: str) -> None:
+    small, many = [f"small {i}" for i in range(3)], [f"large {i}" for i in range(700)]
+    if large.startswith("full"):
+        files = [write_parquet(tmp_path / "a.parquet", many + small, rows_per_group=100)]  # 8 groups, 8 streams
+    else:
+        files = [write_jsonl(tmp_path / "a.jsonl", small), write_jsonl(tmp_path / "b.jsonl", many)]
+    config = config_of(tmp_path, *files, n_streams=8 if len(files) == 1 else 2, val_fraction=1e-9)
+    with opened(config, rows=64) as data:
+        text = "".join(BYTES.decode(next(data).inputs.ravel()) for _ in range(20))
+    assert 0 < text.count("small") < 0.03 * text.count("large")
+
+
+def test_half_a_surrogate_pair_and_a_million_spaces_are_texts_like_any_other(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["half \ud800 a pair", "x" + " " * 1_500_000 + "y"])
+    with opened(config_of(tmp_path, path, n_streams=1, val_fraction=1e-9), rows=64, length=1024, epochs=1) as data:
+        assert sum(b.n_targets for b in data) == 1_500_002 + len("half \ufffd a pair".encode()) + 1
+
+
+def test_a_folder_may_hold_a_folder_with_the_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f/x.txt").mkdir(parents=True)
+    (tmp_path / "f/x.txt/y.txt").write_text("hello")
+    assert documents_of(config_of(tmp_path, tmp_path / "f", val_fraction=1e-9)) == ["hello"]
 
 
 def test_a_folder_and_a_file_in_it_are_read_once(tmp_path: Path) -> None:
@@ -354,7 +391,7 @@ def test_a_folder_and_a_file_in_it_are_read_once(tmp_path: Path) -> None:
     (folder / "notes.md").write_text("not data")
     config = config_of(tmp_path, folder, file, folder / "deep", n_streams=1)
     assert resolve_source("LOCAL", config).files == (str(file),)
-    assert len(documents(config)) + len(documents(config, held_out=True)) == 30
+    assert len(documents_of(config)) + len(documents_of(config, held_out=True)) == 30
 
 
 # ---- resume -------------------------------------------------------------------------------------
@@ -515,6 +552,20 @@ def test_a_state_refuses_another_context_length_tokenizer_files_and_format(
         data.load_state_dict(state)
 
 
+def test_a_state_refuses_the_same_datasets_in_another_order_and_missing_streams(
+    tmp_path: Path, register: Register
+) -> None:
+    files = {n: [write_jsonl(tmp_path / f"{n}.jsonl", texts_of(n, 90))] for n in "AB"}
+    with opened(register((0.5, 0.5), files)) as data:
+        state = json.loads(json.dumps(data.state_dict()))
+    with opened(register((0.5, 0.5), dict(reversed(files.items())))) as data:
+        with pytest.raises(StateMismatch, match="datasets"):
+            data.load_state_dict(state)
+    del state["streams"]["3"]
+    with opened(register((0.5, 0.5), files)) as data, pytest.raises(StateMismatch, match="streams it holds"):
+        data.load_state_dict(state)
+
+
 def test_a_state_fits_the_same_files_in_another_folder(tmp_path: Path) -> None:
     texts = texts_of("d", 60)
     first, second = (config_of(tmp_path, write_jsonl(tmp_path / f / "a.jsonl", texts)) for f in ("here", "there"))
@@ -571,6 +622,15 @@ def test_the_others_go_on_when_a_dataset_is_used_up(tmp_path: Path, register: Re
     assert sum(batch.n_targets for batch in batches) == sum(sizes)
 
 
+def test_the_others_keep_their_proportions_when_a_dataset_is_used_up(tmp_path: Path, register: Register) -> None:
+    sizes = {"A": 100, "B": 8000, "C": 900}
+    files = {n: [write_jsonl(tmp_path / f"{n}.jsonl", texts_of(n, k))] for n, k in sizes.items()}
+    with opened(register((0.5, 0.45, 0.05), files, n_streams=1), rows=8, epochs=1) as data:
+        later = np.sum([batch.mix for batch in itertools.islice(data, 200, 700)], axis=0)
+    assert later[0] == 0
+    assert later[1] / later.sum() == pytest.approx(0.9, abs=0.005)
+
+
 # ---- order --------------------------------------------------------------------------------------
 
 
@@ -582,9 +642,9 @@ def ordered(tmp_path: Path) -> DataConfig:
 
 
 def test_the_order_is_that_of_the_seed(ordered: DataConfig) -> None:
-    first = documents(ordered)
-    assert documents(ordered) == first
-    other = documents(dataclasses.replace(ordered, seed=ordered.seed + 1))
+    first = documents_of(ordered)
+    assert documents_of(ordered) == first
+    other = documents_of(dataclasses.replace(ordered, seed=ordered.seed + 1))
     assert other != first
     assert sorted(other) == sorted(first)
     number = {text: i for i, text in enumerate(sorted(first))}
@@ -597,7 +657,7 @@ def test_each_epoch_has_the_same_documents_in_another_order(ordered: DataConfig,
     config = dataclasses.replace(ordered, max_samples=max_samples)
     total = 0
     for v in range(V):
-        drawn = documents(config, v, V, epochs=3)
+        drawn = documents_of(config, v, V, epochs=3)
         n = len(drawn) // 3
         epochs = [drawn[:n], drawn[n : 2 * n], drawn[2 * n :]]
         assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(sorted(epochs[0]))}
@@ -612,7 +672,7 @@ def test_max_samples_counts_documents_of_a_dataset_before_the_split(ordered: Dat
         read = 0
         for v in range(V):
             with contextlib.suppress(EmptyStream):  # fewer samples than streams
-                read += len(documents(config, v, V))
+                read += len(documents_of(config, v, V))
         assert read == min(max_samples, 600)
 
 
@@ -661,6 +721,15 @@ def test_held_out_rows_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
 
 
+def test_files_with_other_text_of_the_same_length_have_other_held_out_rows(tmp_path: Path) -> None:
+    rows = []
+    for letter in "xy":
+        path = write_jsonl(tmp_path / "a.jsonl", [f"{letter * 20} {i:03d}" for i in range(200)])
+        with opened(config_of(tmp_path, path)) as data:
+            rows.append(data.validation_rows()["LOCAL"].tolist())
+    assert rows[0] != rows[1]
+
+
 def test_there_are_at_most_val_tokens_of_held_out_text(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 300))
     for val_tokens, n_rows in ((1, 1), (T, 1), (10 * T, 10), (10 * T + T - 1, 10)):
@@ -688,13 +757,14 @@ def complaint(config: DataConfig, kind: type[Exception], read: Callable[[DataCon
     with pytest.raises(DataError) as error:
         read(config)
     assert type(error.value) is kind
-    message = str(error.value)
+    message = " ".join(str(error.value).split())  # as exit_code_of does
 
     def fail() -> None:
         raise error.value
 
-    assert exit_code_of(fail) == 3
-    assert "\n" not in message
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        assert exit_code_of(fail) == 3
+    assert stderr.getvalue() == f"error: {message}\n"
     assert len(message) < 600
     return message
 
@@ -719,6 +789,21 @@ def broken(tmp_path: Path, name: str) -> Path:
         path.write_bytes(path.read_bytes() + b'{"text": "half a li')
     elif name == "list.jsonl":
         path.write_text('["text", "in a list"]\n' * 20)
+    elif name == "cut.jsonl.gz":
+        write_jsonl(path, texts)
+        path.write_bytes(path.read_bytes()[:-40])
+    elif name == "plain.jsonl.gz":
+        path.write_text("not gzipped")
+    elif name == "footer.parquet":
+        content = write_parquet(path, texts, 10).read_bytes()
+        path.write_bytes(content[:-400] + b"\xff" * 100 + content[-300:])
+    elif name == "page.parquet":
+        content = write_parquet(path, texts, 1000).read_bytes()
+        path.write_bytes(content[:4] + b"\xff" * 1000 + content[1004:])
+    elif name.endswith("texts.jsonl"):
+        write_jsonl(path, ["a text", 5 if name == "number texts.jsonl" else ["a", "b"]])
+    elif name.endswith("texts.parquet"):
+        pq.write_table(pa.table({"text": [1, 2] if name == "number texts.parquet" else [b"a", b"b"]}), path)
     return path
 
 
@@ -730,6 +815,14 @@ BROKEN: dict[str, tuple[type[Exception], str]] = {
     "latin1.jsonl": (CorruptRecord, "record 7, is not JSON"),
     "half a line.jsonl": (CorruptRecord, "record 7, is not JSON"),
     "list.jsonl": (TextFieldMissing, "no field 'text'"),
+    "cut.jsonl.gz": (CorruptRecord, "truncated"),
+    "plain.jsonl.gz": (CorruptRecord, "Not a gzipped file"),
+    "footer.parquet": (CorruptRecord, "cannot be read"),
+    "page.parquet": (CorruptRecord, "row group 0, cannot be decoded"),
+    "number texts.jsonl": (CorruptRecord, "record 1, has a text that is int"),
+    "list texts.jsonl": (CorruptRecord, "record 1, has a text that is list"),
+    "number texts.parquet": (CorruptRecord, "has a text that is int"),
+    "bytes texts.parquet": (CorruptRecord, "has a text that is bytes"),
 }
 
 
@@ -753,7 +846,8 @@ def test_a_missing_text_field_is_told_with_those_that_exist(tmp_path: Path, name
     assert "'body'" in message
     assert "id, text" in message
     message = complaint(config_of(tmp_path, path, local_text_field="texts"), TextFieldMissing)
-    assert "did you mean --data.local_text_field text?" in message
+    assert "did you mean text?" in message
+    assert "--data.local_text_field" in message
 
 
 @pytest.mark.parametrize("texts", [[], [None, "", None]], ids=["no rows", "no text in them"])
@@ -763,7 +857,7 @@ def test_files_without_documents_are_refused(tmp_path: Path, name: str, texts: l
     for read in (read_for_ever, read_one_epoch):
         message = complaint(config_of(tmp_path, path, n_streams=1), EmptyStream, read)
         assert "LOCAL has no training documents" in message
-        assert "more text" in message
+        assert "more documents" in message
 
 
 @pytest.mark.parametrize("read", [read_for_ever, read_one_epoch])
@@ -796,7 +890,7 @@ def test_files_that_are_not_there_or_of_an_unknown_kind_are_refused(tmp_path: Pa
     (tmp_path / "table.csv").write_text("text\nhello\n")
     message = complaint(config_of(tmp_path, tmp_path / "table.csv"), DataError)
     assert "table.csv" in message
-    assert "*.jsonl.gz, *.parquet" in message
+    assert "*.txt, *.jsonl, *.jsonl.gz, *.json.gz, *.parquet" in message
     (tmp_path / "folder").mkdir()
     assert "holds none of" in complaint(config_of(tmp_path, tmp_path / "folder"), DataError)
 
@@ -849,6 +943,14 @@ def test_close_returns_at_once_at_any_point(ordered: DataConfig) -> None:
                     assert time.monotonic() - started < 1
 
 
+def test_a_closed_iterator_says_so(ordered: DataConfig) -> None:
+    with opened(ordered) as data:
+        next(data)
+        data.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            list(itertools.islice(data, 5))
+
+
 def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, release = threading.Event(), threading.Event()
 
@@ -862,7 +964,7 @@ def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, mon
         yield from ()
 
     with opened(ordered) as data:
-        monkeypatch.setattr(prepare_data, "read_chunks", stuck)
+        monkeypatch.setattr(documents, "read_chunks", stuck)
         consumer = threading.Thread(target=consume, args=(data,), daemon=True)
         consumer.start()
         assert reading.wait(5)
@@ -873,7 +975,7 @@ def test_close_does_not_wait_for_a_read_that_never_ends(ordered: DataConfig, mon
 
 
 LEAVE_WHILE_READING = """
-import collections, sys, threading, time
+import collections, contextlib, sys, threading, time
 from config import DataConfig
 from prepare_data import DatasetPrep
 from tokenizer import *
@@ -881,7 +983,10 @@ tokenizer = Tokenizer("bytes", BPE_PATTERN, [bytes([i]) for i in range(256)], {E
 config = DataConfig(("LOCAL",), (1.0,), local_files=(sys.argv[1],), n_streams=2, cache_dir=sys.argv[1])
 data = DatasetPrep(config, 32, 2, tokenizer=tokenizer)
 next(data)
-threading.Thread(target=collections.deque, args=(data, 0), daemon=True).start()  # takes batch after batch
+def take() -> None:
+    with contextlib.suppress(RuntimeError):  # closed
+        collections.deque(data, 0)
+threading.Thread(target=take, daemon=True).start()
 time.sleep(float(sys.argv[2]))
 """
 
@@ -905,6 +1010,18 @@ def test_a_process_whose_reader_is_reading_exits_cleanly_ten_times_of_ten(tmp_pa
     assert results == [("", 0)] * 10
 
 
+def test_the_preview_can_show_a_batch_of_one_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)  # it looks for five seconds
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    options = ["--preset", "smoke", "--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1"]
+    options += ["--data.local_files", str(tmp_path / "a.txt"), "--data.n_streams", "1", "--train.batch_size", "1"]
+    options += ["--data.cache_dir", str(tmp_path / "cache"), "--data.tokenizer", "gpt2"]
+    assert prepare_data.main(options) == 0
+    assert capsys.readouterr().out.count("--- row ") == 1
+
+
 @pytest.mark.slow
 def test_the_preview_prints_a_table_of_at_most_100_columns(tmp_path: Path) -> None:
     command = [sys.executable, "prepare_data.py", "--preset", "smoke", "--data.cache_dir", str(tmp_path)]
@@ -914,5 +1031,6 @@ def test_the_preview_prints_a_table_of_at_most_100_columns(tmp_path: Path) -> No
     table, *rows = done.stdout.decode().split("\n--- row ")
     assert len(rows) == 2
     assert max(map(len, table.splitlines())) <= 100
-    for word in ("dataset", "SOTU", "WIKI", "tokens/s", "(asked 50.0%)"):
+    for word in ("dataset", "SOTU", "WIKI", "tokens/s", "packing"):
         assert word in table
+    assert re.search(r"SOTU (49\.9|50\.0)\d% of 50%, WIKI (49\.9|50\.0)\d% of 50%", table)
