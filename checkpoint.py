@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -31,14 +32,18 @@ from model import GPT
 from tokenizer import Tokenizer
 
 FORMAT = 1
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 _STEP_NAME = re.compile(r"step-(\d{8})")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 class CheckpointError(UserError):
     """There is no usable checkpoint, or it does not belong to this run."""
 
     exit_code = 4
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint's bytes are not those that were written."""
 
 
 class DiskError(UserError):
@@ -122,10 +127,12 @@ def save_checkpoint(
         write_json(temporary / "manifest.json", manifest)
         _flush(temporary / "manifest.json")
         _flush(temporary)
+        aside = run_dir / f".tmp-old-{final.name}"
         if final.exists():  # a resumed run reached a step that it had saved before
-            shutil.rmtree(final)
+            final.rename(aside)
         temporary.rename(final)
         _flush(run_dir)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise DiskError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from None
@@ -134,14 +141,29 @@ def save_checkpoint(
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    path.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+    """Replace the file in one go, so that whoever reads it finds the old text or the new."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+    partial.replace(path)
 
 
 def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:
-    """status.json: how the run stands or ended, for scripts (launchers do not pass exit codes on)."""
-    partial = run_dir / ".status.json"
-    write_json(partial, {"outcome": outcome, "step": step, **details})
-    partial.replace(run_dir / "status.json")
+    """status.json: how the run stands or ended, for scripts (launchers do not pass exit codes on).
+
+    outcome: running, complete, stopped (resume it) or failed (with the exit code and the error).
+    """
+    status = {"outcome": outcome, "step": step, "time": round(time.time(), 3), "process": os.getpid(), **details}
+    write_json(run_dir / "status.json", status)
+
+
+def write_failure(run_dir: Path, message: str, exit_code: int) -> None:
+    """Note in status.json that this process's run failed; nothing if the status is another process's."""
+    try:
+        status = json.loads((run_dir / "status.json").read_text())
+        if status["outcome"] == "running" and status["process"] == os.getpid():
+            write_status(run_dir, "failed", status["step"], exit_code=exit_code, error=message)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # the error itself, perhaps of this very disk, is what the person should see
 
 
 def _model_tensors(model: GPT) -> dict[str, Tensor]:
@@ -198,8 +220,11 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     found = []
     for path in sorted(run_dir.glob("step-*")):
         if _STEP_NAME.fullmatch(path.name) and (path / "manifest.json").is_file():
-            manifest = _read_manifest(path)
-            found.append(Checkpoint(path, int(path.name[5:]), manifest.get("val_loss")))
+            try:
+                val_loss = _read_manifest(path).get("val_loss")
+            except DamagedCheckpoint:  # found out again, and said, by whoever wants to use it
+                val_loss = None
+            found.append(Checkpoint(path, int(path.name[5:]), val_loss))
     return found
 
 
@@ -208,13 +233,37 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     return max(list_checkpoints(run_dir), key=lambda c: c.step, default=None)
 
 
+def put_damaged_aside(run_dir: Path) -> list[str]:
+    """Rename the newest checkpoints whose bytes are not those written to damaged-step-*, until one is sound.
+
+    Returns a line for each. Raises CheckpointError when there were checkpoints and none of them is sound.
+    """
+    lines: list[str] = []
+    while newest := newest_checkpoint(run_dir):
+        try:
+            verify_checkpoint(newest.path)
+            return lines
+        except DamagedCheckpoint as error:
+            aside = newest.path.with_name(f"damaged-{newest.path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newest.path.rename(aside)
+            lines.append(f"warning: {error}; it is now called {aside.name}, and the checkpoint before it is used")
+    if any(run_dir.glob("damaged-step-*")):
+        raise CheckpointError(
+            f"{run_dir} has no sound checkpoint left, only damaged-step-* folders; remove them to start the run anew"
+        )
+    return lines
+
+
 def find_checkpoint(path: Path) -> Path:
     """A step folder as it is, or the newest complete one of a run's folder. Raises CheckpointError."""
+    path = path.resolve()
     if (path / "manifest.json").is_file():
         return path
     if not path.is_dir():
         raise CheckpointError(
-            f"there is no folder {path}; give a run such as checkpoints/demo or one of its step-* folders"
+            f"{path} is {'a file' if path.exists() else 'not there'}; give the folder of a run, such as "
+            f"checkpoints/demo, or one of its step-* folders"
         )
     newest = newest_checkpoint(path)
     if newest is None:
@@ -223,18 +272,36 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare every byte with the manifest. Raises CheckpointError naming the first file that differs."""
+    """Compare every byte with the manifest. Raises DamagedCheckpoint naming the first file that differs."""
     for name, expected in _read_manifest(path)["files"].items():
         file = path / name
-        if not _FILE_NAME.fullmatch(name) or file.is_symlink():
-            raise CheckpointError(f"{path} has a manifest with the unsafe file name {name!r}")
-        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} is damaged or missing; use an earlier checkpoint of this run")
+        if file.is_symlink() or not file.is_file() or file.stat().st_size != expected["size"]:
+            raise DamagedCheckpoint(f"{file} is missing or not as long as it was written")
+        if _sha256(file) != expected["sha256"]:
+            raise DamagedCheckpoint(f"{file} is damaged: its bytes are not those that were written")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{file} cannot be read ({error})") from None
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{file} cannot be read ({error})") from None
+    return tensors
 
 
 def read_config(path: Path) -> Config:
     """The configuration that a checkpoint was trained with."""
-    return Config.from_dict(json.loads((path / "config.json").read_text()))
+    try:
+        return Config.from_dict(_read_json(path / "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'config.json'} does not fit this code: {error}") from None
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, Config, int]:
@@ -243,42 +310,49 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GP
     path: a run's folder (its newest checkpoint) or a step folder. Raises CheckpointError.
     """
     path = find_checkpoint(Path(path))
-    verify_checkpoint(path)
+    try:
+        verify_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise CheckpointError(f"{error}; use another checkpoint of this run, or copy this one again") from None
     config, tokenizer = read_config(path), load_tokenizer(path)
     with torch.device("meta"):
         model = GPT(config.model.resolved(tokenizer.n_vocab))
     model = model.to_empty(device="cpu")
     model.init_rotary()
     load_weights(model, path)
-    return model.to(device).eval(), tokenizer, config, int(path.name[5:])
+    return model.to(device).eval(), tokenizer, config, _read_manifest(path)["step"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.from_dict(json.loads((path / "tokenizer.json").read_text()))
+    """The tokenizer that a checkpoint was trained with."""
+    values = _read_json(path / "tokenizer.json")
+    try:
+        return Tokenizer.from_dict(values)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / 'tokenizer.json'} does not fit this code ({error!r})") from None
 
 
 def load_weights(model: GPT, path: Path) -> None:
     """Copy a checkpoint's weights into a model of the same shape."""
-    tensors = load_file(path / "model.safetensors")
-    if model.config.tie_embeddings:
-        tensors["head.weight"] = tensors["embedding.weight"]
+    tensors = _read_tensors(path / "model.safetensors")
     try:
+        if model.config.tie_embeddings:
+            tensors["head.weight"] = tensors["embedding.weight"]
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path} holds other weights than its config.json says ({error})") from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """What save_checkpoint got as `state`."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = _read_json(path / "state.json")
     return state
 
 
 def load_training_state(path: Path, model: GPT, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Put weights and optimizer state back, after verifying every byte."""
-    verify_checkpoint(path)
+    """Put weights and optimizer state back."""
     load_weights(model, path)
-    tensors = load_file(path / "optimizer.safetensors")
+    tensors = _read_tensors(path / "optimizer.safetensors")
     parameter_of = dict(model.named_parameters())
     for optimizer in optimizers:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -316,11 +390,16 @@ _FREE_TRAINING_FIELDS = {
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json, checked: whoever reads it may rely on its step and on a size and a sha256 for each of FILES."""
+    manifest = _read_json(path / "manifest.json")
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged; move {path} away") from None
-    if version > FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this code reads up to {FORMAT}: update it")
-    return manifest
+        if manifest["format"] > FORMAT:
+            raise CheckpointError(f"{path} has format {manifest['format']}; this code reads up to {FORMAT}: update it")
+        entries = [manifest["files"][name] for name in FILES]
+        sound = type(manifest["step"]) is int and len(manifest["files"]) == len(FILES)
+        sound = sound and all(type(e["size"]) is int and type(e["sha256"]) is str for e in entries)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise DamagedCheckpoint(f"{path / 'manifest.json'} is damaged")
+    return dict(manifest)

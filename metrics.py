@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -108,13 +109,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none if there is no such file. A last line cut short by a kill is dropped."""
+    """The records of a metrics.jsonl; none if there is no such file. Lines cut by a kill or a full disk are dropped."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -136,8 +137,9 @@ class Meter:
         )
 
     def read(self) -> dict[str, float]:
-        """tokens_per_second and data_wait (a share of the time) since the last reading."""
-        values = {"tokens_per_second": self._tokens / self._seconds, "data_wait": self._waited / self._seconds}
+        """tokens_per_second and data_wait (a share of the time) since the last reading; NaN when there was no step."""
+        seconds = self._seconds or math.nan
+        values = {"tokens_per_second": self._tokens / seconds, "data_wait": self._waited / seconds}
         self._start()
         return values
 
@@ -148,10 +150,14 @@ def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_s
     total_steps: where the run is planned to end; one that ends with its last epoch may pass it a little.
     """
     total_steps, speed = max(step, total_steps), values["tokens_per_second"]
-    return (
+    line = (
         f"step {step:>{len(str(total_steps))}}/{total_steps} {100 * step / total_steps:5.1f}%"
         f" | loss {values['loss']:.4f} | lr {values['lr']:.1e} | gnorm {values['grad_norm']:.2f}"
-        f" | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s | data {100 * values['data_wait']:.0f}%"
+    )
+    if math.isnan(speed):  # the first step of a process, which compiles: nothing to measure by
+        return line
+    return (
+        f"{line} | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s | data {100 * values['data_wait']:.0f}%"
         f" | eta {duration((total_steps - step) * tokens_per_step / speed)}"
     )
 
@@ -173,17 +179,20 @@ def plot_loss(run_dir: Path) -> None:
 
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     records = read_metrics(run_dir / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "train"]
     validations = [r for r in records if r["kind"] == "validation"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], color="0.6", linewidth=0.8, label="training")
-    for name in validations[-1]["datasets"] if validations else []:
+    names = list(validations[-1]["datasets"]) if validations else []
+    for name in names[:1] if len(names) == 2 else names:  # one dataset is the same as all
         points = [(r["tokens"], r["datasets"][name]) for r in validations if name in r["datasets"]]
         label = f"{name}, held out: {points[-1][1]['loss']:.3f} nats, {points[-1][1]['bits_per_byte']:.3f} bits/byte"
         axes.plot([x for x, _ in points], [y["loss"] for _, y in points], marker="o", label=label)
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(run_dir.name)
     axes.grid(alpha=0.3)

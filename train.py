@@ -13,11 +13,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ConfigError, exit_code_of, load_config
+from config import Config, ConfigError, complain, drop, exit_code_of, explain, load_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,19 @@ STOPPED = 75  # exit code: a signal came, everything is saved, run again with --
 
 def main(argv: Sequence[str] | None = None) -> int:
     # torch takes a second to import: --help and a mistyped option are answered before that.
-    return train(load_config(argv, "Train a GPT from scratch.", Config))
+    config = load_config(argv, "Train a GPT from scratch.", Config)
+    try:
+        return train(config)
+    except BaseException as error:
+        from checkpoint import write_failure
+
+        message, code = explain(error) or (repr(error), 1)
+        write_failure(run_folder(config), message, code)
+        raise
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.train.out_dir) / config.train.run_name
 
 
 def train(config: Config) -> int:
@@ -46,6 +59,7 @@ def train(config: Config) -> int:
         load_training_state,
         newest_checkpoint,
         open_run,
+        put_damaged_aside,
         read_state,
         save_checkpoint,
         write_json,
@@ -61,6 +75,8 @@ def train(config: Config) -> int:
     # ---- where we are -------------------------------------------------------------------
     c = config.train
     precision = choose_precision(default_device(), c.precision)
+    # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
     accelerator = Accelerator(
@@ -72,11 +88,14 @@ def train(config: Config) -> int:
 
     def say(text: str) -> None:
         if is_main:
-            progress.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                progress.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # whoever read it has gone: the run, and metrics.jsonl, go on
+                drop(sys.stdout)
 
     # ---- the run's folder, and the checkpoint to continue from ----------------------------
-    run_dir = Path(c.out_dir) / c.run_name
+    run_dir = run_folder(config)
     lock = open_run(run_dir) if is_main else None
     accelerator.wait_for_everyone()
     newest = newest_checkpoint(run_dir)
@@ -85,7 +104,14 @@ def train(config: Config) -> int:
             f"{run_dir} already holds a run at step {newest.step}; add --resume to continue it, "
             f"or choose another --train.run_name"
         )
+    if is_main:
+        for line in put_damaged_aside(run_dir):
+            complain(line)
+    accelerator.wait_for_everyone()
+    newest = newest_checkpoint(run_dir)
     state = read_state(newest.path) if newest else None
+    if is_main:
+        write_status(run_dir, "running", newest.step if newest else 0)
     if state:
         config = keep_rows_per_step(config, state["rows_per_step"], world_size)
         c = config.train
@@ -134,15 +160,16 @@ def train(config: Config) -> int:
     say(f"data      {asked} | tokenizer {tokenizer.name}")
     say(
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
-        f"x {config.model.max_length} = {tokens_per_step:,} tokens per step"
+        f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
     )
     say(f"run       {run_dir}: step {step} to {total_steps:,}, {total_steps * tokens_per_step / 1e6:,.1f}M tokens")
     if 0 < c.max_steps <= step:
         say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
+        if is_main:
+            write_status(run_dir, "complete", step)
         return 0
     if is_main:
         write_json(run_dir / "config.json", config.to_dict())
-        write_status(run_dir, "running", step)
     log = MetricsFile(run_dir / "metrics.jsonl", step) if is_main else None
 
     def record(kind: str, **values: Any) -> None:
@@ -153,7 +180,7 @@ def train(config: Config) -> int:
         """Mean held-out loss over all datasets; logs each dataset's, draws loss.png and a sample."""
         with accelerator.autocast():
             scores = validation_scores(accelerator, model, held_out, token_byte_length, config.eval.batch_size)
-        for name, s in scores.items():
+        for name, s in scores.items() if len(held_out) > 1 else [*scores.items()][:1]:
             say(
                 f"  held out {name:<12} loss {s['loss']:.4f} +- {s['loss_se']:.4f} | bits/byte "
                 f"{s['bits_per_byte']:.4f} +- {s['bits_per_byte_se']:.4f} | top-1 {s['top1']:.1%}"
@@ -166,7 +193,8 @@ def train(config: Config) -> int:
             settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
             with accelerator.autocast():
                 text = generate_text(model, config.eval.prompts[0], tokenizer, settings)[0]
-            say(f"  sample   {config.eval.prompts[0]}{text}".replace("\n", " "))
+            sample = " ".join(f"{config.eval.prompts[0]}{text}".split())
+            say(f"  sample       {sample[:84]}")
         return scores["all"]["loss"]
 
     def save() -> None:
@@ -179,6 +207,7 @@ def train(config: Config) -> int:
                 "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "data": data_state,
             }  # fmt: skip
             path = save_checkpoint(run_dir, step, model, optimizers, state, config, tokenizer, val_loss)
+            write_status(run_dir, "running", step)
             say(f"  saved    {path}")
         accelerator.wait_for_everyone()
 
@@ -222,8 +251,6 @@ def train(config: Config) -> int:
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm or math.inf))
         # fp16's loss scaling meets infinite gradients as a matter of course, and skips those steps by itself.
         if not math.isfinite(loss) or (precision != "fp16" and not math.isfinite(grad_norm)):
-            if is_main:
-                write_status(run_dir, "non-finite", step, loss=str(loss), grad_norm=str(grad_norm))
             raise NonFiniteError(
                 f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
                 f"Continue from the last checkpoint with --resume, or start anew with a lower --train.lr"
@@ -237,7 +264,8 @@ def train(config: Config) -> int:
         position = data.state_dict()
         seconds = time.perf_counter() - step_started
         seconds_trained += seconds
-        meter.add(n_targets, seconds, data.seconds_waited - waited)
+        if step > first_step + 1:  # the first one compiles
+            meter.add(n_targets, seconds, data.seconds_waited - waited)
         progress.update()
         is_end = step == c.max_steps
         if step % c.log_every == 0 or step == first_step + 1 or is_end:
@@ -308,17 +336,19 @@ def validation_scores(
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can end between two steps; the third one kills at once."""
+    """Notes SIGTERM, SIGINT and SIGHUP, so that the loop can end between two steps; the third one kills at once."""
 
     def __init__(self) -> None:
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         self.received += 1
         if self.received == 1:
-            print("stopping after this step and saving ...", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # print may be in the middle of another line, or the terminal gone
+                os.write(2, b"stopping after this step and saving ...\n")
         if self.received >= 3:
             os._exit(128 + number)
 

@@ -39,6 +39,7 @@ from config import (
     load_config,
     parse_arguments,
 )
+from hub import DataError
 
 REPO = Path(__file__).resolve().parent.parent
 GROUPS = {"data": DataConfig, "model": GPTConfig, "train": TrainingConfig, "generation": GenerationConfig,
@@ -256,12 +257,44 @@ def test_a_value_of_the_wrong_type_has_exit_code_2_and_names_its_field(
 
 def test_each_process_of_many_says_who_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def main() -> int:
-        raise ConfigError("wrong")
+        raise DataError("wrong")
 
     for rank, shown in (("0", "error: wrong\n"), ("1", "error (process 1): wrong\n")):
         monkeypatch.setenv("RANK", rank)
-        assert exit_code_of(main) == 2
+        assert exit_code_of(main) == 3
         assert capsys.readouterr().err == shown
+
+
+def test_settings_that_are_wrong_in_all_processes_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def main() -> int:
+        raise ConfigError("wrong")
+
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code_of(main) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(28, "No space left on device", "run/metrics.jsonl"), 6, "run/metrics.jsonl: No space left"),
+        (PermissionError(13, "Permission denied", "out.json"), 6, "out.json: Permission denied"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "smaller batch_size"),
+        (MemoryError(), 2, "out of memory"),
+    ],
+)
+def test_a_full_disk_and_a_full_memory_are_one_line(
+    error: Exception, code: int, says: str, capsys: pytest.CaptureFixture[str]
+):
+    def main() -> int:
+        raise error
+
+    assert exit_code_of(main) == code
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert shown.count("\n") == 1
 
 
 def test_ctrl_c_is_one_word_and_exit_code_130(capsys: pytest.CaptureFixture[str]):

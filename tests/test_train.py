@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def assert_same_training(runs: Runs, one: str, other: str) -> None:
 def test_a_run_leaves_what_its_help_promises(runs: Runs, whole: str) -> None:
     folder = runs.folder / "whole"
     assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "loss.png", "status.json"}
-    assert json.loads((folder / "status.json").read_text()) == {"outcome": "complete", "step": 20}
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["outcome"], status["step"]) == ("complete", 20)
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000010", "step-00000020"]
     assert "step 20/20 100.0% | loss " in whole
@@ -175,21 +177,74 @@ def test_resume_refuses_other_data(runs: Runs, whole: str) -> None:
     assert "data.seed 1337 -> 5" in err
 
 
-def test_a_flipped_byte_in_a_checkpoint_is_refused(runs: Runs) -> None:
-    runs("flipped", "--train.max_steps", "4", "--train.warmup_tokens", "0")
-    path = runs.checkpoint("flipped", 4) / "model.safetensors"
-    content = bytearray(path.read_bytes())
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_gives_the_same_bits(runs: Runs, whole: str) -> None:
+    runs("flipped")
+    file = runs.checkpoint("flipped", 20) / "model.safetensors"
+    content = bytearray(file.read_bytes())
     content[-5] ^= 1
-    path.write_bytes(content)
-    _, err = runs("flipped", "--train.max_steps", "6", "--train.warmup_tokens", "0", "--resume", code=4)
+    file.write_bytes(content)
+    out, err = runs("flipped", "--resume")
     assert "model.safetensors is damaged" in err
+    assert "damaged-step-00000020" in err
+    assert "step 10 to 20" in out
+    assert weights(runs.checkpoint("flipped", 20)) == weights(runs.checkpoint("whole", 20))
+    assert runs.losses("flipped") == runs.losses("whole")
+    assert (runs.folder / "flipped" / "damaged-step-00000020").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"format": "x"}', '{"format": 1, "step": 10, "files": {}}', "[1]"])
+def test_a_run_without_a_sound_checkpoint_never_starts_anew_by_itself(runs: Runs, damage: str) -> None:
+    name = "unsound"
+    if not (runs.folder / name).exists():
+        runs(name, "--train.max_steps", "10")
+        (runs.folder / name / "damaged-step-00000010").mkdir()
+        runs.checkpoint(name, 10).rename(runs.folder / "kept")
+    shutil.copytree(runs.folder / "kept", runs.checkpoint(name, 10))
+    (runs.checkpoint(name, 10) / "manifest.json").write_text(damage)
+    _, err = runs(name, "--train.max_steps", "10", "--resume", code=4)
+    assert "no sound checkpoint left" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_goes_on_when_the_reader_of_its_output_has_gone(runs: Runs, whole: str) -> None:
+    process = runs.start("unread")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert weights(runs.checkpoint("unread", 20)) == weights(runs.checkpoint("whole", 20))
+
+
+def test_a_dropped_terminal_saves_and_stops_the_run(runs: Runs) -> None:
+    process = runs.start("hangup")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step  3/"):
+            process.send_signal(signal.SIGHUP)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    status = json.loads((runs.folder / "hangup" / "status.json").read_text())
+    assert status["outcome"] == "stopped"
+    assert runs.checkpoint("hangup", status["step"]).exists()
+
+
+def test_a_status_says_what_ended_a_run_that_failed(runs: Runs) -> None:
+    _, err = runs(
+        "failing", "--data.val_tokens", "1", "--model.max_length", "8192", "--data.val_fraction", "1e-9", code=3
+    )
+    status = json.loads((runs.folder / "failing" / "status.json").read_text())
+    assert (status["outcome"], status["step"], status["exit_code"]) == ("failed", 0, 3)
+    assert status["error"] in err
 
 
 def test_a_diverging_run_stops_before_the_update_and_exits_5(runs: Runs) -> None:
     options = ("--train.lr", "1e30", "--train.max_grad_norm", "0", "--train.warmup_tokens", "0")
     _, err = runs("diverging", *options, code=5)
     assert "this step was neither applied nor saved" in err
-    assert json.loads((runs.folder / "diverging" / "status.json").read_text())["outcome"] == "non-finite"
+    status = json.loads((runs.folder / "diverging" / "status.json").read_text())
+    assert (status["outcome"], status["exit_code"]) == ("failed", 5)
+    assert "neither applied nor saved" in status["error"]
 
 
 def test_epochs_end_the_run_when_the_documents_are_used_up(runs: Runs, tmp_path: Path) -> None:
@@ -245,7 +300,7 @@ def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> 
     last = [r for r in runs.records("whole") if r["kind"] == "validation"][-1]
     assert results["held_out"]["all"]["loss"] == pytest.approx(last["datasets"]["all"]["loss"], rel=2e-3)
     _, err = script("generate.py", str(tmp_path / "nothing"), code=4)
-    assert "there is no folder" in err
+    assert "is not there; give the folder of a run" in err
     assert "Traceback" not in err
 
 
