@@ -122,10 +122,11 @@ def resolve_source(name: str, config: DataConfig) -> Source:
     sizes = tuple(Path(f).stat().st_size for f in files)
     text_sizes = [size for f, size in zip(files, sizes, strict=True) if f.endswith(".txt")]
     cut = _text_cut(text_sizes) if is_local else TEXT_CUT
+    documents = _count_documents(files, cut)
     # Names and contents, not whole paths: the same run may go on on another machine.
     content = [Path(f).name for f in files], [_content(f) for f in files], text_field
     identity = digest(*content) if cut == TEXT_CUT else digest(*content, cut)
-    source = Source(name, tuple(files), sizes, text_field, _count_documents(files, cut), identity, cut)
+    source = Source(name, tuple(files), sizes, text_field, documents, identity, cut)
     if is_local and source.documents < FEW_DOCUMENTS:
         return dataclasses.replace(source, hash_range=_hash_range(source))
     return source
@@ -149,7 +150,7 @@ def _hash_range(source: Source) -> tuple[int, int]:
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             raise CorruptRecord(f"{path} cannot be read, or is truncated: {error}") from None
     if not hashes:
-        raise EmptyStream(f"{source.name} has no documents with text in its {len(source.files)} files; give it others")
+        raise EmptyStream(f"{source.name} has no documents with text in its files; give it others")
     return min(hashes), max(hashes)
 
 
