@@ -83,13 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(summaries: dict[str, dict[str, float]]) -> str:
     """A line a dataset: value +- standard error."""
     columns = (
-        ("loss", ".3f", 16), ("perplexity", ".1f", 18), ("bits_per_byte", ".4f", 17), ("top1", ".1%", 14),
+        ("loss", ".3f", 16), ("perplexity", ".1f", 17), ("bits_per_byte", ".4f", 17), ("top1", ".1%", 14),
         ("top5", ".1%", 14),
     )  # fmt: skip
-    lines = [f"{'held out':<12}{'tokens':>9}" + "".join(f"{name.replace('_', ' '):>{n}}" for name, _, n in columns)]
+    lines = [f"{'held out':<12}{'tokens':>10}" + "".join(f"{name.replace('_', ' '):>{n}}" for name, _, n in columns)]
     for dataset, s in summaries.items():
         cells = (f"{_number(s[name], form)} +- {_number(s[name + '_se'], form)}".rjust(n) for name, form, n in columns)
-        lines.append(f"{dataset:<12}{s['tokens']:>9,}" + "".join(cells))
+        lines.append(f"{dataset:<12}{s['tokens']:>10,}" + "".join(cells))
     return "\n".join(lines)
 
 
