@@ -10,15 +10,29 @@ from collections.abc import Iterator, Sequence
 
 from config import DataConfig
 from hub import DataError, as_data_error, check_stop, seconds_to_wait
-from sources import CHUNK, Chunk, Document, EmptyStream, Source, document_hash, files_of_share, read_chunks
+from sources import (
+    ALL_HASHES,
+    CHUNK,
+    Chunk,
+    Document,
+    EmptyStream,
+    Source,
+    document_hash,
+    files_of_share,
+    read_chunks,
+)
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # waits after faults of the network, then the run ends
 LONGEST_WAIT = 120  # seconds, if the hub asks for more
 
 
-def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document is for validation: a property of its text alone, the same in every epoch and process."""
-    return document_hash(document) < fraction * 2**64
+def is_held_out(document: Document, fraction: float, hash_range: tuple[int, int] = ALL_HASHES) -> bool:
+    """Whether a document is for validation: decided by its text alone, the same in every epoch and process.
+
+    hash_range: a small source's. The lowest of its hashes is held out and the highest is not, whatever the fraction.
+    """
+    lowest, highest = hash_range
+    return document_hash(document) < min(max(fraction * 2**64, lowest + 1), highest)
 
 
 def key_of(*parts: object) -> random.Random:
@@ -76,7 +90,7 @@ class DocumentStream:
                 self._drawn += 1
                 if not document:
                     self.n_empty += 1
-                elif self._held_out is None or is_held_out(document, self._config.val_fraction) == self._held_out:
+                elif self._held_out in (None, is_held_out(document, self._config.val_fraction, self.source.hash_range)):
                     self._barren = False
                     return document
             self._end_window()
@@ -107,16 +121,20 @@ class DocumentStream:
         if self._file < len(self._files) and self._drawn < self._quota:
             return
         if self._barren:
-            what, remedy = {
-                True: ("held-out documents", "raise --data.val_fraction"),
-                False: ("training documents", "use a smaller --data.n_streams, or more documents"),
-                None: ("documents", "use a smaller --n_shards, or more documents"),
-            }[self._held_out]
+            what = {True: "held-out documents", False: "training documents", None: "documents"}[self._held_out]
             raise EmptyStream(
-                f"{self.source.name} has no {what} "
-                f"(stream {self._stream} of {self._n_streams} read {self._drawn}); {remedy}"
+                f"{self.source.name} has no {what} (stream {self._stream} of {self._n_streams} read {self._drawn}); "
+                f"{self._remedy()}"
             )
         self.seek([self._epoch + 1, 0, 0, 0, 0])
+
+    def _remedy(self) -> str:
+        if self._drawn >= self._quota:
+            return f"raise --data.max_samples, which is {self._config.max_samples}, or use 0: all"
+        if self._n_streams > 1:
+            return f"use a smaller {'--n_shards' if self._held_out is None else '--data.n_streams'}, down to 1"
+        few = self.source.hash_range != ALL_HASHES  # then val_fraction has no say
+        return "use more documents" if few or not self._held_out else "raise --data.val_fraction"
 
     def _read_chunk(self, file: int, chunk: int) -> Sequence[Document] | None:
         """One chunk's documents, None behind the file's last; reads again after a fault of the network."""

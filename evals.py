@@ -1,12 +1,13 @@
 """Measure a trained model:  python evals.py <checkpoint>
 
 Held-out loss, perplexity, bits per byte and top-1/top-5 accuracy of each dataset, with standard errors, and
-samples for fixed prompts. The table is printed, and written with the samples to <checkpoint>/../eval.json.
+samples for fixed prompts. The table is printed, and written with the samples to eval-<step>.json in the run's folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from config import EvalConfig, exit_code_of, parse_arguments
+from config import ConfigError, EvalConfig, exit_code_of, parse_arguments
 
 
 @dataclass
@@ -24,6 +25,11 @@ class Arguments(EvalConfig):
     checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
     val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
     output: str = ""  # where to write the results; empty: eval-<step>.json in the run's folder
+
+    def validate(self) -> None:
+        super().validate()
+        if self.val_tokens < 0:
+            raise ConfigError(f"val_tokens is {self.val_tokens}; use 0 (as many as in training) or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sampling import generate_text
 
     device = default_device()
-    path = find_checkpoint(Path(arguments.checkpoint))
+    path = find_checkpoint(Path(arguments.checkpoint)).resolve()  # of "." too: its name and folder are written
     model, tokenizer, config, step = load_model(path, device)
     data_config = dataclasses.replace(config.data, val_tokens=arguments.val_tokens or config.data.val_tokens)
     data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
@@ -67,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n--- {prompt}\n{prompt}{text}")
 
     results: dict[str, Any] = {"checkpoint": path.name, "step": step, "held_out": summaries, "samples": samples}
-    output = Path(arguments.output) if arguments.output else path.parent / f"eval-{step:08d}.json"
+    output = Path(arguments.output).expanduser() if arguments.output else path.parent / f"eval-{step:08d}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, without_nan(results))
     print(f"\nwritten to {output}")
     return 0
@@ -75,12 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(summaries: dict[str, dict[str, float]]) -> str:
     """A line a dataset: value +- standard error."""
-    columns = (("loss", 3), ("perplexity", 2), ("bits_per_byte", 4), ("top1", 3), ("top5", 3))
-    lines = [f"{'held out':<12}{'tokens':>9}" + "".join(f"{name.replace('_', ' '):>18}" for name, _ in columns)]
+    columns = (
+        ("loss", ".3f", 16), ("perplexity", ".1f", 17), ("bits_per_byte", ".4f", 17), ("top1", ".1%", 14),
+        ("top5", ".1%", 14),
+    )  # fmt: skip
+    lines = [f"{'held out':<12}{'tokens':>10}" + "".join(f"{name.replace('_', ' '):>{n}}" for name, _, n in columns)]
     for dataset, s in summaries.items():
-        cells = (f"{s[name]:.{digits}f} +- {s[name + '_se']:.{digits}f}" for name, digits in columns)
-        lines.append(f"{dataset:<12}{s['tokens']:>9,}" + "".join(f"{cell:>18}" for cell in cells))
+        cells = (f"{_number(s[name], form)} +- {_number(s[name + '_se'], form)}".rjust(n) for name, form, n in columns)
+        lines.append(f"{dataset:<12}{s['tokens']:>10,}" + "".join(cells))
     return "\n".join(lines)
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 if __name__ == "__main__":

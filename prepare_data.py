@@ -24,12 +24,13 @@ import json
 import os
 import queue
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -355,13 +356,13 @@ class DatasetPrep:
             rows: list[np.ndarray] = []
             while len(rows) < max(1, c.val_tokens // self._length):
                 row = np.empty(self._length + 1, dtype=np.uint32)
-                if packed.next_row(row) < len(row):
+                if (n := packed.next_row(row)) < len(row):
                     break
                 rows.append(row)
             if not rows:
                 raise EmptyStream(
                     f"{source.name} has too little held-out text to fill a row of {self._length} tokens; "
-                    f"raise --data.val_fraction, or lower --model.max_length"
+                    f"raise --data.val_fraction, or use --model.max_length {max(1, n - 1)}"
                 )
             _write_atomically(path, lambda partial: np.save(partial, np.stack(rows)))
         rows_on_disk: np.ndarray = np.load(path, mmap_mode="r")
@@ -453,6 +454,14 @@ class PrepareConfig(Config):
     processes: int = 0  # processes that write shards; 0: as many as there are processors
     plot: str = ""  # draw the length of the documents of each dataset into this PNG
 
+    def validate(self, world_size: int = 1) -> Self:
+        for name, least in (("n_shards", 1), ("processes", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use {least} or more")
+        if self.plot and not self.plot.endswith(".png"):
+            raise ConfigError(f"plot is {self.plot!r}; use a name that ends in .png")
+        return super().validate(world_size)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the sources, the mix and a few rows as the model will see them, and how fast they come; or write shards."""
@@ -496,7 +505,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{seconds:.1f} s: {n_tokens / seconds / 1e6:.2f} M tokens/s"
     )
     asked = dict(zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True))
-    print("share     " + ", ".join(f"{name} {share:.2%} of {asked[name]:.0%}" for name, share in data.mix().items()))
+    shares = ", ".join(f"{name} {share:.2%} of {asked[name]:.0%}" for name, share in data.mix().items())
+    print(textwrap.fill(shares, 100, initial_indent="share     ", subsequent_indent=" " * 10))
     full = sum(b.n_targets for b in batches) / sum(b.targets.size for b in batches)
     print(f"packing   {full:.1%} of the positions are targets; {totals['empty']:,} records had no text")
     for i in range(min(2, len(batches[-1].inputs))):
@@ -537,18 +547,23 @@ def plot_lengths(lengths: dict[str, list[int]], path: Path) -> None:
 
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     figure, panels = plt.subplots(
         len(lengths), 1, figsize=(8, 1 + 2 * len(lengths)), sharex=True, squeeze=False, layout="constrained"
     )
-    longest = max(max(values) for values in lengths.values())
-    bins = np.geomspace(1, longest + 1, 60)
+    every = list(itertools.chain(*lengths.values()))
+    bins = np.geomspace(min(every), max(every) + 1, 60)
     for (name, values), axes in zip(lengths.items(), panels[:, 0], strict=True):
         axes.hist(values, bins=bins)
         axes.axvline(float(np.mean(values)), color="black", linestyle="--", label=f"mean {np.mean(values):,.0f}")
         axes.set(xscale="log", ylabel="documents", title=f"{name}: {len(values):,} documents")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend()
     panels[-1, 0].set_xlabel("tokens per document")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

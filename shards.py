@@ -14,15 +14,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from config import DataConfig
 from documents import DocumentStream
-from hub import DataError
+from hub import DataError, check_stop, reader
 from sources import SHARD_INDEX, Source, Tokenized, document_hash, read_shard_settings
 from tokenizer import Tokenizer
 
@@ -72,12 +79,44 @@ def write_shards(
         ready = n_shards - len(jobs)
         yield source.name, ready
         if jobs:
-            with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs))) as pool:
-                for _ in pool.imap_unordered(_write_shard, jobs):
-                    ready += 1
-                    yield source.name, ready
+            for _ in _in_processes(jobs, min(processes, len(jobs))):
+                ready += 1
+                yield source.name, ready
         for leftover in place.glob(".shard-*"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
+
+
+def _in_processes(jobs: list[_Job], processes: int) -> Iterator[None]:
+    """Write these shards, so many at a time; yields as each gets ready."""
+    spawn = multiprocessing.get_context("spawn")
+    stop = spawn.Event()
+    pool = ProcessPoolExecutor(processes, spawn, initializer=_begin_process, initargs=(stop,))
+    try:
+        for done in as_completed([pool.submit(_write_shard, job) for job in jobs]):
+            done.result()
+            yield
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that wrote shards was killed, often for want of memory; "
+            "run the same command again to go on, with fewer --processes"
+        ) from None
+    finally:  # after a mistake or Ctrl-C the others end at their next document
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_process(stop: Event) -> None:
+    """End with the first process: when it says so, and when it is killed. Ctrl-C is its business alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reader.stop = stop
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _write_shard(job: _Job) -> None:
@@ -87,23 +126,35 @@ def _write_shard(job: _Job) -> None:
     stream = DocumentStream(job.source, job.config, job.shard, job.n_shards, epochs=1, held_out=None)
     index: list[tuple[int, int]] = []
     end = 0
-    partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as file:
+    with _whole(job.path) as file:
         for document in stream:
             assert not isinstance(document, Tokenized)
+            check_stop()
             ids = job.tokenizer.encode(document)
             file.write(eot + ids.astype(dtype).tobytes())
             end += 1 + len(ids)
             index.append((end, document_hash(document)))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(job.path)
-    partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.npy")
-    np.save(partial, np.array(index, dtype=SHARD_INDEX))
-    partial.rename(job.path.with_suffix(".npy"))
+    with _whole(job.path.with_suffix(".npy")) as file:
+        np.save(file, np.array(index, dtype=SHARD_INDEX))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that has its name only when all of it is on the disk. An OSError always names it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        error.filename = error.filename or str(partial)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, value: object) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value))
-    partial.rename(path)
+    with _whole(path) as file:
+        file.write(json.dumps(value).encode())

@@ -2,11 +2,12 @@
 
 `resolve_source` turns a dataset's description (config.DATASETS) into a Source: a pinned, sorted list of files.
 `read_chunks` reads one file's documents for one of several equal shares, from any chunk on. Nothing is kept
-between calls, so a reader can be dropped at any fault and opened again where it was: `ChunkReader` does that.
+between calls, so a reader can be dropped at any fault and opened again where it was: `DocumentStream` does that.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import gzip
@@ -34,8 +35,11 @@ HUB_BLOCK = 4 * 2**20  # bytes fetched at once from a line file on the hub
 SHARD_CHUNK = 1024  # documents read at once from a shard
 SHARD_INDEX = np.dtype([("end", "<u8"), ("hash", "<u8")])  # a record for each document of a shard: shards.py
 CHUNK = 512  # documents read at once from files without row groups
-LONG_TEXT = 256 * 1024  # bytes: a longer .txt file is divided into several documents
-TEXT_PIECE = 16 * 1024  # bytes: the size of these, about
+TEXT_CUT = 256 * 1024, 16 * 1024  # bytes: a .txt file longer than this is cut into documents of about that
+MANY_TEXTS = 100  # with fewer .txt files of your own, shorter ones are cut too, for this many documents or so
+SMALLEST_PIECE = 512  # bytes: no document is cut to less
+FEW_DOCUMENTS = 1000  # a hash of so many documents or more leaves some on both sides of every sensible val_fraction
+ALL_HASHES = 0, 2**64
 
 
 class TextFieldMissing(DataError):
@@ -58,6 +62,9 @@ class Source:
     sizes       their bytes
     documents   how many there are, about; 0: unknown
     identity    equal for equal content: compared when a run is resumed
+    text_cut    a .txt file of more bytes than the first is cut into documents of about the second
+    hash_range  the lowest and the highest hash of a small source's documents: with its text alone to decide, all
+                of them might be trained on, or held out
     """
 
     name: str
@@ -66,6 +73,8 @@ class Source:
     text_field: str
     documents: int
     identity: str
+    text_cut: tuple[int, int] = TEXT_CUT
+    hash_range: tuple[int, int] = ALL_HASHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +114,44 @@ def resolve_source(name: str, config: DataConfig) -> Source:
         return _resolve_shards(name, Path(config.shards_dir).expanduser() / name)
     if dataset.kind == "hub":
         return _resolve_hub(name, dataset)
-    if dataset.kind == "package":
-        files, text_field = _package_files(name, dataset), dataset.text_field
-    else:
+    is_local = dataset.kind == "local"
+    if is_local:
         files, text_field = _local_files(config.local_files), config.local_text_field
+    else:
+        files, text_field = _package_files(name, dataset), dataset.text_field
     sizes = tuple(Path(f).stat().st_size for f in files)
-    documents = _count_documents(files)
+    text_sizes = [size for f, size in zip(files, sizes, strict=True) if f.endswith(".txt")]
+    cut = _text_cut(text_sizes) if is_local else TEXT_CUT
+    documents = _count_documents(files, cut)
     # Names and contents, not whole paths: the same run may go on on another machine.
-    identity = digest([Path(f).name for f in files], [_content(f) for f in files], text_field)
-    return Source(name, tuple(files), sizes, text_field, documents, identity)
+    content = [Path(f).name for f in files], [_content(f) for f in files], text_field
+    identity = digest(*content) if cut == TEXT_CUT else digest(*content, cut)
+    source = Source(name, tuple(files), sizes, text_field, documents, identity, cut)
+    if is_local and source.documents < FEW_DOCUMENTS:
+        return dataclasses.replace(source, hash_range=_hash_range(source))
+    return source
+
+
+def _text_cut(sizes: Sequence[int]) -> tuple[int, int]:
+    """Source.text_cut for .txt files of so many bytes: a few files of one's own must give documents to divide."""
+    if not 0 < len(sizes) < MANY_TEXTS:
+        return TEXT_CUT
+    piece = min(TEXT_CUT[1], max(SMALLEST_PIECE, sum(sizes) // MANY_TEXTS))
+    return piece, piece
+
+
+def _hash_range(source: Source) -> tuple[int, int]:
+    """The lowest and the highest hash of a source's documents, all of which are read. Raises EmptyStream."""
+    hashes: set[int] = set()
+    for i, path in enumerate(source.files):
+        try:
+            for chunk in read_chunks(source, i, 0, 1, 0):
+                hashes.update(document_hash(document) for document in chunk.documents if document)
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            raise CorruptRecord(f"{path} cannot be read, or is truncated: {error}") from None
+    if not hashes:
+        raise EmptyStream(f"{source.name} has no documents with text in its files; give it others")
+    return min(hashes), max(hashes)
 
 
 def _resolve_hub(name: str, dataset: Dataset) -> Source:
@@ -145,7 +183,11 @@ def _resolve_shards(name: str, folder: Path) -> Source:
         )
     sizes = tuple(Path(f).stat().st_size for f in files)
     documents = sum(len(_shard_index(f)) for f in files)
-    return Source(name, tuple(files), sizes, "", documents, digest(settings, sizes))
+    source = Source(name, tuple(files), sizes, "", documents, digest(settings, sizes))
+    if DATASETS[name].kind == "local" and documents < FEW_DOCUMENTS:
+        hashes = np.concatenate([_shard_index(f)["hash"] for f in files])
+        return dataclasses.replace(source, hash_range=(int(hashes.min()), int(hashes.max())))
+    return source
 
 
 def read_shard_settings(folder: Path) -> dict[str, Any] | None:
@@ -198,15 +240,16 @@ def _content(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _count_documents(files: list[str]) -> int:
+def _count_documents(files: list[str], text_cut: tuple[int, int]) -> int:
     """Documents of local files, counted: parquet from its footer, the others by reading."""
     total = 0
     for path in files:
         size = Path(path).stat().st_size
         try:
-            total += (
-                _parquet_footer(path, size).num_rows if path.endswith(".parquet") else sum(1 for _ in _rows(path, size))
-            )
+            if path.endswith(".parquet"):
+                total += _parquet_footer(path, size).num_rows
+            else:
+                total += sum(1 for _ in _rows(path, size, text_cut))
         except (OSError, EOFError, zlib.error) as error:
             raise CorruptRecord(f"{path} cannot be read, or is truncated: {error}") from None
     return total
@@ -236,7 +279,7 @@ def read_chunks(source: Source, file: int, share: int, n_shares: int, start: int
     """The chunks of one file, from chunk `start` on, that belong to `share` of `n_shares` (0 of 1: all).
 
     Parquet files are read by row group, whose others are not even fetched; in line files, what comes before
-    `start` has to be read over. Raises TextFieldMissing, CorruptRecord, or one of TRANSIENT_ERRORS.
+    `start` has to be read over. Raises TextFieldMissing, CorruptRecord, or an error of the network or the disk.
     """
     path, size = source.files[file], source.sizes[file]
     if path.endswith(".bin"):
@@ -280,7 +323,9 @@ def _parquet_footer(path: str, size: int) -> pq.FileMetaData:
 
 
 def _row_chunks(source: Source, path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
-    rows = itertools.islice(enumerate(_rows(path, size)), share + start * CHUNK * n_shares, None, n_shares)
+    rows = itertools.islice(
+        enumerate(_rows(path, size, source.text_cut)), share + start * CHUNK * n_shares, None, n_shares
+    )
     for index in itertools.count(start):
         batch = list(itertools.islice(rows, CHUNK))
         if not batch:
@@ -331,7 +376,7 @@ def _shard_index(path: str) -> np.ndarray:
     return index
 
 
-def _rows(path: str, size: int) -> Iterator[Any]:
+def _rows(path: str, size: int, text_cut: tuple[int, int]) -> Iterator[Any]:
     """A file's records: bytes of a JSON line, an object of a JSON file, or a piece of plain text."""
     if path.endswith((".jsonl", ".jsonl.gz", ".json.gz")) or (path.startswith("hf://") and path.endswith(".json")):
         with _open(path, size) as raw, gzip.open(raw) if path.endswith(".gz") else raw as lines:
@@ -341,25 +386,36 @@ def _rows(path: str, size: int) -> Iterator[Any]:
     elif path.endswith(".json"):
         yield from _json_records(path)
     else:
+        longest, piece = text_cut
         with _open(path, size) as file:
-            if size <= LONG_TEXT:
-                yield _decode(file.read(), path)
-            else:
-                yield from _pieces(file, path)
+            position = 0
+            for content in [file.read()] if size <= longest else _pieces(file, piece):
+                yield _decode(content, path, position)
+                position += len(content)
 
 
-def _pieces(file: IO[bytes], path: str) -> Iterator[str]:
-    """Cut a long text at blank lines, or else at line ends, into documents of about TEXT_PIECE bytes."""
-    piece: list[bytes] = []
-    size = 0
-    for line in file:
-        piece.append(line)
-        size += len(line)
-        if size >= TEXT_PIECE and (not line.strip() or size >= 2 * TEXT_PIECE):
-            yield _decode(b"".join(piece), path)
-            piece, size = [], 0
+def _pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Cut a text at blank lines, or else at line ends, into documents of about so many bytes."""
+    piece = bytearray()
+    for line in _lines(file, size):
+        piece += line
+        if len(piece) >= size and (not line.strip() or len(piece) >= 2 * size):
+            yield bytes(piece)
+            piece.clear()
     if piece:
-        yield _decode(b"".join(piece), path)
+        yield bytes(piece)
+
+
+def _lines(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """A file's lines; one of more than 4 x size bytes in parts, cut at spaces or at least between characters."""
+    rest = b""
+    while line := rest + file.readline(4 * size - len(rest)):
+        end = len(line)
+        if end == 4 * size and not line.endswith(b"\n"):
+            starts = (i for i in range(size, size - 4, -1) if line[i] & 0xC0 != 0x80)  # where characters begin
+            end = line.rfind(b" ", 0, size) + 1 or next(starts, size)
+        yield line[:end]
+        rest = line[end:]
 
 
 @functools.lru_cache(maxsize=2)
@@ -399,11 +455,13 @@ def _missing(text_field: str, columns: list[str], path: str) -> str:
     )
 
 
-def _decode(content: bytes, path: str) -> str:
+def _decode(content: bytes, path: str, position: int) -> str:
+    """Text of a file's bytes from a position on; a byte order mark at the file's beginning is none of it."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8" if position else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CorruptRecord(f"{path} is not UTF-8 at byte {error.start}; convert it, as with iconv") from None
+        where = position + error.start
+        raise CorruptRecord(f"{path} is not UTF-8 text at byte {where}; convert it, as with iconv") from None
 
 
 def _open(path: str, size: int) -> IO[bytes]:

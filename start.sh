@@ -24,6 +24,8 @@ TEXT
 }
 
 parse_options() {
+  again=$(show ./start.sh "$@")
+  again=${again#  }
   skip_deps='' dry_run=''
   while (($#)); do
     case $1 in
@@ -154,8 +156,11 @@ print_plan() {
   if ((${#sample[@]})); then show "${sample[@]}"; fi
   if [[ -f scripts/calc_params.py ]]; then
     say "Settings:"
-    # WORLD_SIZE: checked for as many processes as the run will have.
-    WORLD_SIZE=$((n_gpus > 1 ? n_gpus : 1)) "$python" scripts/calc_params.py --preset "${preset:-fineweb}" || exit
+    local options=(${train_options[@]+"${train_options[@]}"}) n=$((n_gpus > 1 ? n_gpus : 1))
+    if [[ " ${options[*]-}" != *" --preset"* ]]; then
+      options=(--preset "${preset:-fineweb}" ${options[@]+"${options[@]}"})
+    fi
+    WORLD_SIZE=$n "$python" scripts/calc_params.py "${options[@]}" || exit # checked for as many processes as the run's
   fi
   say "Nothing was started (--dry-run)."
 }
@@ -182,13 +187,13 @@ run_child() {
 
 run_demo() {
   local code=0
-  say "Training the demo model; Ctrl-C saves and stops, ./start.sh goes on from there."
+  say "Training the demo model; Ctrl-C saves and stops, $again goes on from there."
   show "${train[@]}"
   run_child "${train[@]}" || code=$?
   case $code in
     0) ;;
-    75) say "Stopped, and everything is saved. Run ./start.sh again to go on." ;;
-    *) say "Training ended with exit code $code; the message above says why. Mend that and run ./start.sh again." >&2 ;;
+    75) say "Stopped, and everything is saved. To go on: $again" ;;
+    *) say "Training ended with exit code $code; the message above says why. Mend that, then: $again" >&2 ;;
   esac
   ((code == 0)) || exit "$code"
   show "${sample[@]}"
@@ -205,8 +210,8 @@ next_steps() {
   show "$python" prepare_data.py --preset "$preset"
   show "$python" scripts/calc_params.py --preset gpt2
   say "On text of your own:"
-  show "$python" train.py --preset demo --train.run_name mine --data.current_datasets LOCAL \
-    --data.dataset_probabilities 1.0 --data.local_files my.txt
+  say "  $python train.py --preset demo --train.run_name mine --data.bpe_vocab_size 1024 \\"
+  say "    --data.current_datasets LOCAL --data.dataset_probabilities 1 --data.local_files my.txt"
 }
 
 main() {

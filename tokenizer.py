@@ -156,7 +156,8 @@ def train_bpe(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     tokens = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
     if len(tokens) != n_vocab - 1:
         raise ConfigError(
-            f"data.bpe_vocab_size is {n_vocab}, but the text gives only {len(tokens) + 1} entries; use at most that"
+            f"data.bpe_vocab_size is {n_vocab}, but the text gives only {len(tokens) + 1} entries; "
+            f"use --data.bpe_vocab_size {len(tokens) + 1}"
         )
     return Tokenizer("bpe", BPE_PATTERN, tokens, {END_OF_TEXT: n_vocab - 1})
 

