@@ -88,7 +88,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG,
 }  # fmt: skip
 
 
@@ -188,8 +188,12 @@ class DataConfig:
         total = sum(self.dataset_probabilities)
         _require(abs(total - 1) < 1e-6, f"data.dataset_probabilities sum to {total:g}; they must sum to 1")
         _require(
-            ("LOCAL" in self.current_datasets) == bool(self.local_files),
-            "data.current_datasets LOCAL and data.local_files go together; give both or neither",
+            "LOCAL" in self.current_datasets or not self.local_files,
+            "data.local_files is for data.current_datasets LOCAL; name LOCAL there, or leave the files out",
+        )
+        _require(
+            "LOCAL" not in self.current_datasets or bool(self.local_files or self.shards_dir),
+            "data.current_datasets LOCAL needs data.local_files, or data.shards_dir with its shards",
         )
         _positive("data", self, "n_streams", "val_tokens")
         _require(self.max_samples >= 0, f"data.max_samples is {self.max_samples}; use 0 for all, or a positive number")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, GPTConfig, TrainingConfig
-from model import GPT, KVCache, rotary_tables, rotate
+from model import GPT, ROWS_OF_LOGITS, BlockAttention, HeadLoss, KVCache, rotary_tables, rotate
 from optim import build_optimizers
 
 Build = Callable[..., GPT]
@@ -182,17 +184,20 @@ def test_the_default_model_has_38_6_million_parameters():
 
 @every_shape
 def test_flops_per_token_are_those_that_torch_counts(tiny_model: Build, fields: dict[str, Any]):
-    """Torch counts what the math backend multiplies, masked or not: T keys for each query. Ours has the (T + 1) / 2
-    that a causal query sees on average; a difference of 2 products x 2 FLOPs x (T - 1) / 2 keys x H K numbers."""
+    """Torch counts what is multiplied, masked or not: T keys for each query (the math backend), or 3/4 T on average
+    (BlockAttention). Ours has the (T + 1) / 2 that a causal query sees on average; the difference is
+    2 products x 2 FLOPs x H K numbers for each of the other keys."""
     model, rows, T = tiny_model(**fields), 3, 24
     c = model.config
-    masked = 2 * c.n_layers * c.n_heads * c.head_dim * (T - 1)
+    of_a_key = 4 * c.n_layers * c.n_heads * c.head_dim
     ids = random_ids(rows, T)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss = model(ids, ids)
-        forward = counter.get_total_flops()
-        loss.backward()
-    assert forward == rows * T * (model.flops_per_token(T, training=False) + masked)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids)
+    masked = of_a_key * (T - (T + 1) / 2)
+    assert counter.get_total_flops() == rows * T * (model.flops_per_token(T, training=False) + masked)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids).backward()
+    masked = of_a_key * (3 / 4 * T - (T + 1) / 2)
     assert counter.get_total_flops() == rows * T * (model.flops_per_token(T) + 3 * masked)
 
 
@@ -313,3 +318,60 @@ def test_a_fresh_tied_model_knows_nothing_either(d_model: int):
     model = GPT(c.resolved(8192))
     ids = torch.randint(0, 8192, (8, 17))
     assert model(ids[:, :-1], ids[:, 1:]).item() / (8 * 16) == pytest.approx(math.log(8192), abs=0.1)
+
+
+# ---- the training step's own kernels ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_block_attention_is_causal_attention_with_the_same_gradients(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (torch.randn(2, 3, length, 8, dtype=torch.float32, generator=generator) for _ in range(4))
+    results = []
+    fused: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, is_causal=True)
+    for attention in (BlockAttention.apply, fused):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attention(*inputs)
+        (y * weights).sum().backward()
+        results.append([y.detach(), *(x.grad for x in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 2500])
+def test_head_loss_is_cross_entropy_with_the_same_gradients_whatever_the_number_of_pieces(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    targets = torch.randint(-1, 50, (rows,), generator=generator)  # -1: does not count
+    results = []
+    for ours in (True, False):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = (
+            HeadLoss.apply(a, b, targets)
+            if ours
+            else F.cross_entropy(a @ b.T, targets, ignore_index=-1, reduction="sum")
+        )
+        (loss * 0.1).backward()
+        results.append([loss.detach(), a.grad, b.grad])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_training_never_holds_the_logits_of_all_rows() -> None:
+
+    rows, n_vocab = 4 * ROWS_OF_LOGITS, 512
+    model = GPT(GPTConfig(d_model=16, n_layers=1, n_heads=2, max_length=256).resolved(n_vocab))
+    ids = torch.zeros(rows // 256, 256, dtype=torch.long)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        model(ids, ids).backward()
+    assert ROWS_OF_LOGITS * n_vocab <= largest < rows * n_vocab
