@@ -1,0 +1,130 @@
+"""Time to a given held-out loss, beside a peer:  python bench/time_to_loss.py [--seconds 300] [--fp32]
+
+The peer is transformers' GPT2LMHeadModel with AdamW, trained as nanoGPT trains it: bf16 and compiled (--fp32: as
+shipped), linear warm-up and cosine, at the best of several learning rates in short runs. It sees the demo's own rows
+(tokenizer, mix, context, held-out documents) and has the demo's depth, width and batch. It trains for so many seconds,
+compilation counted, validation not. Then ours: `train.py --preset demo --train.max_steps N` for rising N, compilation
+counted, until its held-out bits per byte are at or under the peer's. Adds to results/bench/time_to_loss.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
+
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+OUR_STEPS = (60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 500, 650)
+
+
+def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, float]:
+    """Train the peer for so many seconds; its steps and its held-out bits per byte over both datasets."""
+    import numpy as np
+    import torch
+
+    from bench.peers import MeanLoss, adamw, cosine, gpt2
+    from config import PRESETS
+    from metrics import Score, score_rows
+    from prepare_data import DatasetPrep
+
+    config = PRESETS["demo"]
+    length = config.model.max_length
+    data = DatasetPrep(config.data, length, config.rows_per_step())
+    torch.manual_seed(seed)
+    peer = MeanLoss(gpt2(config.model.d_model, config.model.n_layers, config.model.n_heads, length, 4096))
+    optimizer = adamw(peer, lr)
+    trained = peer if fp32 else torch.compile(peer)
+    precision = contextlib.nullcontext() if fp32 else torch.autocast("cpu", dtype=torch.bfloat16)
+
+    started = time.perf_counter()
+    step, total, warm = 0, 10_000, 0.0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        if step == 3:
+            warm = elapsed
+        if step >= 13 and step % 10 == 3:  # the steps that there is time for, as known so far
+            total = step + max(1, int((seconds - elapsed) / ((elapsed - warm) / (step - 3))))
+        batch = next(data)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine(step, total)
+        with precision:
+            loss = trained(torch.from_numpy(batch.inputs.copy()), torch.from_numpy(batch.targets.copy()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+    data.close()
+
+    byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
+    with torch.inference_mode(), precision:
+        held_out = data.validation_rows().values()
+        scores = [
+            score_rows(lambda ids: peer.model(ids).logits, np.asarray(rows), byte_length, 16) for rows in held_out
+        ]
+    return {"lr": lr, "steps": step, "bits_per_byte": Score.concatenate(scores).summary()["bits_per_byte"]}
+
+
+def train_ours(steps: int, seed: int, folder: Path) -> dict[str, float]:
+    """A run of train.py with so many steps: the seconds of its steps, compilation counted, and its bits per byte."""
+    command = [
+        sys.executable, str(ROOT / "train.py"), "--preset", "demo", "--train.max_steps", str(steps),
+        "--train.run_name", f"ours-{steps}", "--train.out_dir", str(folder), "--train.seed", str(seed),
+        "--train.eval_every", "1000", "--train.save_every", "1000",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = (folder / f"ours-{steps}" / "metrics.jsonl").read_text().splitlines()
+    last = [r for r in map(json.loads, lines) if r["kind"] == "validation"][-1]
+    return {"steps": steps, "seconds": last["seconds"], "bits_per_byte": last["datasets"]["all"]["bits_per_byte"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+
+    from bench.context import context
+
+    name = "gpt2 fp32" if arguments.fp32 else "gpt2 bf16 compiled"
+    trials = [train_peer(arguments.seconds / 4, lr, arguments.fp32, seed=0) for lr in RATES]
+    for trial in trials:
+        print(
+            f"{name}, lr {trial['lr']:.0e}, {arguments.seconds / 4:.0f} s: {trial['bits_per_byte']:.3f} bits per byte"
+        )
+    best = min(trials, key=lambda t: t["bits_per_byte"])["lr"]
+    pairs: list[dict[str, Any]] = []
+    first = 0  # where the last seed arrived: shorter runs need not be tried again
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(arguments.seeds):
+            peer = train_peer(arguments.seconds, best, arguments.fp32, seed)
+            print(f"{name}: {peer['bits_per_byte']:.4f} after {arguments.seconds:.0f} s and {peer['steps']} steps")
+            for steps in OUR_STEPS[max(0, first - 1) :]:
+                ours = train_ours(steps, seed, Path(folder) / str(seed))
+                print(f"  ours: {ours['bits_per_byte']:.4f} after {ours['seconds']:.0f} s and {steps} steps")
+                if ours["bits_per_byte"] <= peer["bits_per_byte"]:
+                    break
+            first = OUR_STEPS.index(int(ours["steps"]))
+            pairs.append({"seed": seed, "peer": peer, "ours": ours, "ratio": arguments.seconds / ours["seconds"]})
+            print(f"  {pairs[-1]['ratio']:.1f} times as fast", flush=True)
+    out = ROOT / "results" / "bench" / "time_to_loss.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(out.read_text()) if out.exists() else {}
+    results[name] = {"context": context(), "learning rates tried": trials, "runs": pairs}
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

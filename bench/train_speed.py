@@ -1,0 +1,148 @@
+"""Training throughput and memory beside a peer:  python bench/train_speed.py [--rounds 7]
+
+One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
+transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
+turns in one process, with the best bf16 matrix product of the machine measured in between. Memory is the highest
+resident size of a process of its own, less what it had before the model was built.
+Writes results/bench/train_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
+
+WIDTH, LAYERS, HEADS, LENGTH, VOCABULARY, ROWS = 384, 6, 6, 256, 4096, 16
+NAMES = ("ours", "gpt2 bf16 compiled", "gpt2 bf16", "gpt2 fp32")
+
+
+def build(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(forward and backward, the optimizer's step) of a contender, on the same random rows."""
+    import torch
+
+    from bench.peers import MeanLoss, adamw, gpt2
+    from config import GPTConfig, TrainingConfig
+    from model import GPT
+    from optim import build_optimizers
+
+    torch.manual_seed(0)
+    x, y = torch.randint(0, VOCABULARY, (2, ROWS, LENGTH))
+    if name == "ours":
+        shape = GPTConfig(d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_length=LENGTH, vocab_size=VOCABULARY)
+        model = GPT(shape.resolved(VOCABULARY))
+        optimizers = build_optimizers(model, TrainingConfig())
+        trained = torch.compile(model)
+        scale = 1 / y.numel()
+    else:
+        peer = MeanLoss(gpt2(WIDTH, LAYERS, HEADS, LENGTH, VOCABULARY))
+        optimizers = [adamw(peer, 1e-3)]
+        trained, scale = torch.compile(peer) if "compiled" in name else peer, 1.0
+
+    def forward_backward() -> None:
+        with contextlib.nullcontext() if "fp32" in name else torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = trained(x, y)
+        (loss * scale).backward()
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return forward_backward, update
+
+
+def peak_memory(name: str) -> float:
+    """MB that three steps of a contender need at most, beyond what the imports take."""
+    if name == "ours":
+        import model  # noqa: F401
+    else:
+        import transformers  # noqa: F401
+    build(name)  # a first time, so that what is imported on the way counts as before
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    forward_backward, update = build(name)
+    for _ in range(3):
+        forward_backward()
+        update()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print(peak_memory(arguments.memory))
+        return 0
+
+    from bench.context import context
+    from bench.peers import gemm_peak
+    from config import GPTConfig
+    from model import GPT
+
+    contenders = {name: build(name) for name in NAMES}
+    for forward_backward, update in contenders.values():
+        for _ in range(3):  # compiles, and warms up
+            forward_backward()
+            update()
+    shape = GPTConfig(d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_length=LENGTH, vocab_size=VOCABULARY)
+    flops = GPT(shape.resolved(VOCABULARY)).flops_per_token(LENGTH) * ROWS * LENGTH
+
+    peaks: list[float] = []
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
+    for _ in range(arguments.rounds):
+        for name, (forward_backward, update) in contenders.items():
+            peaks.append(gemm_peak())
+            pairs = []
+            for _ in range(3):
+                started = time.perf_counter()
+                forward_backward()
+                middle = time.perf_counter()
+                update()
+                pairs.append((middle - started, time.perf_counter() - started))
+            seconds[name].append(sorted(pairs)[1])
+    peak = statistics.median(peaks)
+
+    results: dict[str, Any] = {"context": context(), "gemm peak GFLOP/s": round(peak / 1e9), "our FLOPs a step": flops}
+    print(f"bf16 matrix product: {peak / 1e9:,.0f} GFLOP/s; a step of ours: {flops / 1e9:,.0f} GFLOP\n")
+    print(f"{'':<20}{'fwd+bwd ms':>11}{'step ms':>9}{'tok/s':>8}{'vs ours':>9}{'memory MB':>11}   of the peak")
+    ours = statistics.median(s for _, s in seconds["ours"])
+    for name in NAMES:
+        fb, step = (statistics.median(column) for column in zip(*seconds[name], strict=True))
+        command = [sys.executable, __file__, "--memory", name]
+        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        share = f"{flops / fb / peak:.1%} fwd+bwd, {flops / step / peak:.1%} step" if name == "ours" else ""
+        print(
+            f"{name:<20}{fb * 1e3:>11.0f}{step * 1e3:>9.0f}{ROWS * LENGTH / step:>8,.0f}{ours / step:>8.2f}x"
+            f"{memory:>11,.0f}   {share}"
+        )
+        results[name] = {
+            "forward and backward ms": [round(fb * 1e3, 1) for fb, _ in seconds[name]],
+            "step ms": [round(step * 1e3, 1) for _, step in seconds[name]],
+            "tokens/s": round(ROWS * LENGTH / step), "speed as a share of ours": round(ours / step, 3),
+            "peak memory MB": round(memory),
+        }  # fmt: skip
+        if name == "ours":
+            results[name] |= {"of the peak": {"forward and backward": flops / fb / peak, "step": flops / step / peak}}
+    out = ROOT / "results" / "bench" / "train_speed.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
