@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from config import TrainingConfig
@@ -40,11 +41,27 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
+def orthogonalize_together(x: Tensor) -> Tensor:
+    """orthogonalize(x), (n, rows, columns), the same x in each process: each does its share and all get all of them."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonalize(x)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    share = -(-x.size(0) // world_size)
+    ours = x.new_zeros((share, *x.shape[1:]), dtype=torch.bfloat16)
+    part = x[rank * share : (rank + 1) * share]
+    if len(part):
+        ours[: len(part)] = orthogonalize(part)
+    everyones = ours.new_empty((world_size * share, *x.shape[1:]))
+    dist.all_gather_into_tensor(everyones, ours)
+    return everyones[: x.size(0)]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     matrices: (weight, row counts): each run of so many rows of the weight is a matrix of its own, such as the
-    queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together.
+    queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together, and several
+    processes with the same gradients share the work.
     lr: about the change of a matrix's output of unit scale per step. Decay is decoupled, per unit of lr.
     """
 
@@ -75,7 +92,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape[part.shape].append((part, direction))
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for shape, parts in by_shape.items():
-            directions = orthogonalize(torch.stack([direction for _, direction in parts]))
+            directions = orthogonalize_together(torch.stack([direction for _, direction in parts]))
             # A tall matrix of orthonormal columns has small rows; this gives its outputs the same scale.
             step = -group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
             torch._foreach_add_([part for part, _ in parts], list(directions.to(weights[0].dtype)), alpha=step)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import TrainingConfig
 from model import GPT
@@ -110,6 +113,35 @@ def test_a_step_of_muon_has_size_lr_whatever_the_gradients_scale(shape: tuple[in
         values = torch.linalg.svdvals(weight.detach()) / (0.02 * scale)  # tall: sqrt(rows / columns) larger
         assert 0.7 < values.min() <= values.max() < 1.3
         assert (weight.detach() * gradient[0]).sum() < 0  # downhill
+
+
+def muon_step(rank: int, world_size: int, folder: str) -> None:
+    """One step on matrices of two shapes, three and one of each; rank 0 saves the weights and counts its products."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, 32, generator=generator).requires_grad_() for rows in (96, 16)]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    muon = Muon([(weights[0], (32, 32, 32)), (weights[1], (16,))], lr=0.1, momentum=0.9, weight_decay=0.1)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    torch.save(
+        [w.detach() for w in weights] + [torch.tensor(counter.get_total_flops())], f"{folder}/{world_size}-{rank}"
+    )
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_share_the_orthogonalisation_and_get_what_one_gets(tmp_path: Path):
+    muon_step(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(muon_step, (2, str(tmp_path)), nprocs=2)
+    alone, first, second = (torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
+    for ours, theirs, whole in zip(first[:2], second[:2], alone[:2], strict=True):
+        assert torch.equal(ours, theirs)  # the processes must never drift apart
+        torch.testing.assert_close(ours, whole, rtol=1e-2, atol=2e-3)  # bf16, in batches of another size
+    assert max(first[2], second[2]) < 0.8 * alone[2]
 
 
 def test_muons_decay_is_decoupled_and_per_unit_of_lr():
