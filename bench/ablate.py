@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from bench.context import context
 
