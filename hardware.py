@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -43,6 +45,36 @@ def autocast(device: torch.device) -> torch.autocast:
     """The context in which a trained model runs here: matrix products in the device's best format."""
     precision = choose_precision(device, "auto")
     return torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES)
+
+
+# Dense products in bf16 (fp16 on the last line's cards), fp32 sums, TFLOP/s: the makers' data sheets, without
+# "sparsity". The first name that is part of the device's counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+    "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of matrix products that the device can do at best, for MFU; None if that is not known.
+
+    A GPU's from the table above; a CPU's measured now, in a third of a second.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [tflops for part, tflops in PEAK_TFLOPS.items() if part in name]
+        return known[0] * 1e12 if known and precision != "fp32" else None
+    if device.type != "cpu":
+        return None
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    a, b = torch.ones(2048, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best, started = math.inf, time.perf_counter()
+    while (now := time.perf_counter()) - started < 0.3:
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - now)
+    return 2 * 2048 * 1024 * 1024 / best
 
 
 def _has_bf16(device: torch.device) -> bool:

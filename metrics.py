@@ -145,7 +145,7 @@ class Meter:
 
 
 def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_step: int) -> str:
-    """One line, fixed order, for people and for grep. values: loss, lr, grad_norm and Meter.read's.
+    """One line, fixed order, for people and for grep. values: loss, lr, grad_norm, Meter.read's and, if known, mfu.
 
     total_steps: where the run is planned to end; one that ends with its last epoch may pass it a little.
     """
@@ -156,8 +156,9 @@ def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_s
     )
     if math.isnan(speed):  # the first step of a process, which compiles: nothing to measure by
         return line
+    mfu = f" | mfu {100 * values['mfu']:.0f}%" if "mfu" in values else ""
     return (
-        f"{line} | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s | data {100 * values['data_wait']:.0f}%"
+        f"{line} | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s{mfu} | data {100 * values['data_wait']:.0f}%"
         f" | eta {duration((total_steps - step) * tokens_per_step / speed)}"
     )
 

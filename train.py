@@ -68,7 +68,7 @@ def train(config: Config) -> int:
         write_json,
         write_status,
     )
-    from hardware import choose_precision, default_device, describe, why_not_compile
+    from hardware import choose_precision, default_device, describe, peak_flops, why_not_compile
     from metrics import Meter, MetricsFile, duration, log_line, plot_loss
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
@@ -152,7 +152,8 @@ def train(config: Config) -> int:
     trained = accelerator.prepare(torch.compile(model) if compiled else model)
     stepped = [accelerator.prepare(optimizer) for optimizer in optimizers]
 
-    n_parameters = model.parameter_counts()["total"]
+    n_parameters, flops_per_token = model.parameter_counts()["total"], model.flops_per_token()
+    peak = peak_flops(device, precision)
     say(
         f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
@@ -273,6 +274,8 @@ def train(config: Config) -> int:
         is_end = step == c.max_steps
         if step % c.log_every == 0 or step == first_step + 1 or is_end:
             values = {"loss": loss, "lr": c.lr * factor, "grad_norm": grad_norm, **meter.read()}
+            if peak:  # the share of all devices' peak that the model's own products had
+                values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world_size)
             say(log_line(step, total_steps, values, tokens_per_step))
             record("train", **values, seconds=seconds_trained)
         val_loss = validate() if step % c.eval_every == 0 or is_end else None
