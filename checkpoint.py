@@ -304,10 +304,12 @@ def read_config(path: Path) -> Config:
         raise CheckpointError(f"{path / 'config.json'} does not fit this code: {error}") from None
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, Config, int]:
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[GPT, Tokenizer, Config, int]:
     """A verified model for generation, evaluation and export: (model in eval mode, tokenizer, config, step).
 
-    path: a run's folder (its newest checkpoint) or a step folder. Raises CheckpointError.
+    path: a run's folder (its newest checkpoint) or a step folder. dtype: of the weights. Raises CheckpointError.
     """
     path = find_checkpoint(Path(path))
     try:
@@ -320,7 +322,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[GP
     model = model.to_empty(device="cpu")
     model.init_rotary()
     load_weights(model, path)
-    return model.to(device).eval(), tokenizer, config, _read_manifest(path)["step"]
+    return model.to(device, dtype).eval(), tokenizer, config, _read_manifest(path)["step"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -40,35 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from checkpoint import find_checkpoint, load_model, write_json
-    from hardware import autocast, default_device, describe
+    from hardware import default_device, describe, inference_dtype
     from metrics import Score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
 
     device = default_device()
     path = find_checkpoint(Path(arguments.checkpoint)).resolve()  # of "." too: its name and folder are written
-    model, tokenizer, config, step = load_model(path, device)
+    model, tokenizer, config, step = load_model(path, device, inference_dtype(device))
     data_config = dataclasses.replace(config.data, val_tokens=arguments.val_tokens or config.data.val_tokens)
     data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
     token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
 
     print(f"{path} | step {step:,} | {model.parameter_counts()['total'] / 1e6:.1f}M parameters | {describe(device)}\n")
     scores: dict[str, Score] = {}
-    with autocast(device):
-        for name, rows in data.validation_rows().items():
-            batches = range(0, len(rows), arguments.batch_size)
-            scores[name] = Score.concatenate(
-                [
-                    score_rows(model, rows[i : i + arguments.batch_size], token_byte_length, arguments.batch_size)
-                    for i in tqdm(batches, desc=name, leave=False, disable=None)
-                ]
-            )
-        if len(scores) > 1:
-            scores["all"] = Score.concatenate(list(scores.values()))
-        summaries = {name: score.summary() for name, score in scores.items()}
-        print(table(summaries))
-        settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
-        samples = {prompt: generate_text(model, prompt, tokenizer, settings)[0] for prompt in arguments.prompts}
+    for name, rows in data.validation_rows().items():
+        batches = range(0, len(rows), arguments.batch_size)
+        scores[name] = Score.concatenate(
+            [
+                score_rows(model, rows[i : i + arguments.batch_size], token_byte_length, arguments.batch_size)
+                for i in tqdm(batches, desc=name, leave=False, disable=None)
+            ]
+        )
+    if len(scores) > 1:
+        scores["all"] = Score.concatenate(list(scores.values()))
+    summaries = {name: score.summary() for name, score in scores.items()}
+    print(table(summaries))
+    settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
+    samples = {prompt: generate_text(model, prompt, tokenizer, settings)[0] for prompt in arguments.prompts}
     for prompt, text in samples.items():
         print(f"\n--- {prompt}\n{prompt}{text}")
 

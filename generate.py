@@ -31,18 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch  # after parsing: --help and mistakes are answered at once
 
     from checkpoint import load_model
-    from hardware import autocast, default_device
+    from hardware import default_device, inference_dtype
     from sampling import TextStream, encode_prompt, fit_context, generate_ids
 
     device = default_device()
-    model, tokenizer, _, _ = load_model(arguments.checkpoint, device)
+    model, tokenizer, _, _ = load_model(arguments.checkpoint, device, inference_dtype(device))
     prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
     window = fit_context(len(ids), model.config.max_length)
     if window < len(ids):
         print(f"the prompt has {len(ids)} tokens; the model sees its last {window}", file=sys.stderr)
 
-    with torch.inference_mode(), autocast(device):
+    with torch.inference_mode():
         steps = generate_ids(model, ids, tokenizer, arguments)
         if arguments.num_samples == 1:  # show it as it grows
             print(prompt, end="", flush=True)

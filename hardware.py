@@ -41,10 +41,10 @@ def choose_precision(device: torch.device, wanted: str) -> str:
     return wanted
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """The context in which a trained model runs here: matrix products in the device's best format."""
-    precision = choose_precision(device, "auto")
-    return torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES)
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """The device's best format, to keep a trained model's weights in: under autocast they would be converted anew
+    for each token."""
+    return AUTOCAST_DTYPES.get(choose_precision(device, "auto"), torch.float32)
 
 
 # Dense products in bf16 (fp16 on the last line's cards), fp32 sums, TFLOP/s: the makers' data sheets, without

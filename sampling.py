@@ -78,7 +78,8 @@ def generate_ids(
     generator = torch.Generator(device).manual_seed(config.seed)
     ids = torch.tensor([prompt] * config.num_samples, device=device)  # (B, n)
     ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype
     without_text = torch.from_numpy(tokenizer.token_byte_length == 0).to(device)  # holes, other special ids
     without_text[tokenizer.eot_id] = False
     cache: KVCache | None = None
