@@ -15,16 +15,20 @@ from typing import Any
 
 import tyro
 
-from config import ConfigError, EvalConfig, exit_code_of, parse_arguments
+from config import ConfigError, EvalConfig, complain, exit_code_of, parse_arguments
 
 
 @dataclass
 class Arguments(EvalConfig):
     """Evaluate a checkpoint on the held-out documents of its own datasets, which it was never trained on."""
 
-    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")] = (
+        tyro.MISSING
+    )  # a run's folder, or one of its step-* folders
     val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
-    output: str = ""  # where to write the results; empty: eval-<step>.json in the run's folder
+    local_files: tuple[str, ...] = ()  # where the text of LOCAL is now; empty: where it was in training
+    shards_dir: str = ""  # where the shards are now; empty: where they were in training
+    output: str = ""  # where to write the results; empty: eval-<step>[-<val_tokens>].json in the run's folder
 
     def validate(self) -> None:
         super().validate()
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
-    from checkpoint import find_checkpoint, load_model, write_json
+    from checkpoint import find_checkpoint, load_model, read_state, write_json
     from hardware import default_device, describe, inference_dtype
     from metrics import Score, score_rows, without_nan
     from prepare_data import DatasetPrep
@@ -48,8 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = default_device()
     path = find_checkpoint(Path(arguments.checkpoint)).resolve()  # of "." too: its name and folder are written
     model, tokenizer, config, step = load_model(path, device, inference_dtype(device))
-    data_config = dataclasses.replace(config.data, val_tokens=arguments.val_tokens or config.data.val_tokens)
+    data_config = dataclasses.replace(
+        config.data,
+        val_tokens=arguments.val_tokens or config.data.val_tokens,
+        local_files=arguments.local_files or config.data.local_files,
+        shards_dir=arguments.shards_dir or config.data.shards_dir,
+    )
     data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
+    trained_on = read_state(path)["data"]["identity"]
+    for name, value in data.identity().items():
+        if trained_on.get(name) != value:
+            complain(f"warning: {name} changed since training: what is held out now may have been trained on")
     token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
 
     print(f"{path} | step {step:,} | {model.parameter_counts()['total'] / 1e6:.1f}M parameters | {describe(device)}\n")
@@ -72,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n--- {prompt}\n{prompt}{text}")
 
     results: dict[str, Any] = {"checkpoint": path.name, "step": step, "held_out": summaries, "samples": samples}
-    output = Path(arguments.output).expanduser() if arguments.output else path.parent / f"eval-{step:08d}.json"
+    limited = f"-{arguments.val_tokens}" if arguments.val_tokens else ""
+    output = Path(arguments.output or path.parent / f"eval-{step:08d}{limited}.json").expanduser()
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, without_nan(results))
     print(f"\nwritten to {output}")

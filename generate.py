@@ -20,7 +20,9 @@ class Arguments(GenerationConfig):
     when the model writes end-of-text. A prompt longer than the model's context keeps its last tokens, and says so.
     """
 
-    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")] = (
+        tyro.MISSING
+    )  # a run's folder, or one of its step-* folders
     prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
 
 
@@ -32,15 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from checkpoint import load_model
     from hardware import default_device, inference_dtype
-    from sampling import TextStream, encode_prompt, fit_context, generate_ids
+    from sampling import TextStream, encode_prompt, generate_ids
 
     device = default_device()
     model, tokenizer, _, _ = load_model(arguments.checkpoint, device, inference_dtype(device))
     prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
-    window = fit_context(len(ids), model.config.max_length)
-    if window < len(ids):
-        print(f"the prompt has {len(ids)} tokens; the model sees its last {window}", file=sys.stderr)
+    if len(ids) > model.config.max_length:
+        print(f"the prompt has {len(ids)} tokens; the model sees its last {model.config.max_length}", file=sys.stderr)
 
     with torch.inference_mode():
         steps = generate_ids(model, ids, tokenizer, arguments)

@@ -52,7 +52,7 @@ def orthogonalize_together(x: Tensor) -> Tensor:
     if len(part):
         ours[: len(part)] = orthogonalize(part)
     everyones = ours.new_empty((world_size * share, *x.shape[1:]))
-    dist.all_gather_into_tensor(everyones, ours)
+    dist.all_gather_single(everyones, ours)
     return everyones[: x.size(0)]
 
 

@@ -286,7 +286,7 @@ class DatasetPrep:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the batches delivered so far end, for the streams of this process; small, ready for JSON."""
-        return {"format": STATE_FORMAT, "identity": self._identity(), "streams": self._delivered}
+        return {"format": STATE_FORMAT, "identity": self.identity(), "streams": self._delivered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind a saved state, which may hold the streams of more processes than this one.
@@ -295,7 +295,7 @@ class DatasetPrep:
         """
         if self._thread is not None:
             raise RuntimeError("load_state_dict comes before the first batch")
-        identity, saved_identity = self._identity(), state.get("identity", {})
+        identity, saved_identity = self.identity(), state.get("identity", {})
         changed = [k for k, value in identity.items() if saved_identity.get(k) != value]
         if not changed and not {str(v) for v in self._streams} <= state["streams"].keys():
             changed = ["the streams it holds"]
@@ -327,7 +327,8 @@ class DatasetPrep:
     def _stream_states(self) -> dict[str, list[list[int]]]:
         return {str(v): [source.state for source in stream.sources] for v, stream in self._streams.items()}
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows and the held-out documents: the settings, the tokenizer and a hash of each source."""
         c = self.config
         return {
             "datasets": [s.name for s in self.sources],

@@ -52,17 +52,18 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
     return probabilities
 
 
-def fit_context(length: int, max_length: int) -> int:
+def fit_context(length: int, max_length: int, prompt_length: int = 1) -> int:
     """How many of `length` tokens, the last ones, the model looks at before it predicts the next.
 
-    All of them while they fit. A text that outgrows the context keeps its last half and grows again, so that
-    the cache is rebuilt once in max_length / 2 tokens instead of at each.
+    All of them while they fit; of a longer prompt as many as fit. A text that outgrows the context then keeps its
+    last half and grows again, so that the cache is rebuilt once in max_length / 2 tokens instead of at each.
     """
-    if length <= max_length:
-        return length
+    outgrown = length - max(max_length, prompt_length)
+    if outgrown <= 0:
+        return min(length, max_length)
     keep = max(max_length // 2, 1)
     grown = max_length - keep + 1  # tokens between two cuts
-    return keep + (length - max_length - 1) % grown
+    return keep + (outgrown - 1) % grown
 
 
 @torch.inference_mode()
@@ -84,7 +85,7 @@ def generate_ids(
     without_text[tokenizer.eot_id] = False
     cache: KVCache | None = None
     for _ in range(config.max_tokens):
-        window = fit_context(ids.size(1), c.max_length)
+        window = fit_context(ids.size(1), c.max_length, len(prompt))
         if not use_cache:
             logits = model(ids[:, -window:], last_only=True)
         elif cache is not None and cache.seen == window - 1:

@@ -99,7 +99,7 @@ describe_hardware() {
     model=$(sed -n '/^model name/{s/[^:]*: //p;q;}' /proc/cpuinfo)
     memory=", $(awk '/^MemTotal/ {printf "%.0f", $2 / 2^20}' /proc/meminfo) GB memory"
   fi
-  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   say "Hardware: no GPU; ${model:-$(uname -m) CPU}, $cores cores$memory"
 }
 
@@ -193,6 +193,7 @@ run_demo() {
   case $code in
     0) ;;
     75) say "Stopped, and everything is saved. To go on: $again" ;;
+    2) say "Training ended with exit code 2: its settings, as the message above says." >&2 ;;
     *) say "Training ended with exit code $code; the message above says why. Mend that, then: $again" >&2 ;;
   esac
   ((code == 0)) || exit "$code"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from model import GPT
+    from prepare_data import DatasetPrep
 
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
@@ -33,13 +34,14 @@ STOPPED = 75  # exit code: a signal came, everything is saved, run again with --
 def main(argv: Sequence[str] | None = None) -> int:
     # torch takes a second to import: --help and a mistyped option are answered before that.
     config = load_config(argv, "Train a GPT from scratch.", Config)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until the loop knows better
     try:
         return train(config)
     except BaseException as error:
-        from checkpoint import write_failure
-
-        message, code = explain(error) or (repr(error), 1)
-        write_failure(run_folder(config), message, code)
+        if checkpoint := sys.modules.get("checkpoint"):  # importing it now would hide an interrupt of its import
+            message, code = explain(error) or (repr(error), getattr(error, "code", 130))
+            with contextlib.suppress(AttributeError):  # half imported
+                checkpoint.write_failure(run_folder(config), message, code)
         raise
 
 
@@ -49,9 +51,6 @@ def run_folder(config: Config) -> Path:
 
 def train(config: Config) -> int:
     """The run, from the data to the last checkpoint. Returns the exit code: 0, or STOPPED. Raises UserError."""
-    # Threads of torch on a CPU that wait for each other by spinning for long slow each other down as soon as another
-    # program needs a core: a step took 3.0 s; with this, 0.7 s; and 0.5 s either way on a quiet machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
@@ -59,6 +58,7 @@ def train(config: Config) -> int:
 
     from checkpoint import (
         check_same_run,
+        load_tokenizer,
         load_training_state,
         newest_checkpoint,
         open_run,
@@ -113,6 +113,11 @@ def train(config: Config) -> int:
     accelerator.wait_for_everyone()
     newest = newest_checkpoint(run_dir)
     state = read_state(newest.path) if newest else None
+    if state and 0 < c.max_steps < state["step"]:
+        raise ConfigError(
+            f"{run_dir} is at step {state['step']} of {state['total_steps']} already, beyond train.max_steps "
+            f"{c.max_steps}; repeat the options of the run: --train.max_steps {state['total_steps']}"
+        )
     if is_main:
         write_status(run_dir, "running", newest.step if newest else 0)
     if state:
@@ -125,7 +130,10 @@ def train(config: Config) -> int:
     say(f"device    {world_size} x {describe(device)} | {precision}")
     epochs = None if c.max_steps else c.epochs
     with accelerator.main_process_first():  # the others find the tokenizer and held-out rows that it made
-        data = DatasetPrep(config.data, config.model.max_length, rows_per_step, rank, world_size, epochs)
+        saved_tokenizer = load_tokenizer(newest.path) if newest else None
+        data = DatasetPrep(
+            config.data, config.model.max_length, rows_per_step, rank, world_size, epochs, saved_tokenizer
+        )
         held_out = data.validation_rows()
     tokenizer = data.tokenizer
     token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
@@ -136,7 +144,7 @@ def train(config: Config) -> int:
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
     if newest and state:
-        check_same_run(newest.path, config, tokenizer)
+        check_same_run(newest.path, config)
         load_training_state(newest.path, model, optimizers)
         data.load_state_dict(state["data"])
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
@@ -162,6 +170,8 @@ def train(config: Config) -> int:
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")
+    if passes := often_repeated(data, total_steps * tokens_per_step):
+        say(f"          {passes}: more than about 4 passes teach it by heart (arXiv:2305.16264)")
     say(
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
@@ -311,6 +321,17 @@ def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> C
         )
     train = dataclasses.replace(config.train, gradient_accumulation_steps=rows_per_step // rows_at_once)
     return dataclasses.replace(config, train=train)
+
+
+def often_repeated(data: DatasetPrep, tokens: int) -> str:
+    """The datasets that a run of so many tokens passes over more than 4 times, as far as their sizes are known."""
+    try:
+        sizes = data.tokens_per_epoch(sample=50)
+    except ConfigError:
+        return ""
+    shares = zip(data.config.current_datasets, data.config.dataset_probabilities, strict=True)
+    passes = {name: tokens * share / max(1, sizes[name]) for name, share in shares}
+    return ", ".join(f"{name} {n:.0f} times" for name, n in passes.items() if n > 4)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

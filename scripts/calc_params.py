@@ -8,6 +8,7 @@ Nothing is trained or downloaded: the model is built without memory for its weig
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  {'total':<24}{sum(memory.values()) / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
 
     if config.train.max_steps:
-        tokens = config.train.max_steps * config.tokens_per_step()
-        print(f"this run: {tokens / 1e6:,.1f} M tokens on one device, {tokens / total:.1f} per parameter\n")
+        devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
+        tokens = config.train.max_steps * config.tokens_per_step(devices)
+        print(f"this run: {tokens / 1e6:,.1f} M tokens on {devices} device{'s' * (devices > 1)}, ", end="")
+        print(f"{tokens / total:.1f} per parameter\n")
 
     print("sizes to choose from, with this vocabulary, context and batch_size (about 20 tokens per parameter")
     print("are compute-optimal, arXiv:2203.15556; more make a better model of that size):\n")

@@ -1,0 +1,119 @@
+"""Decoding speed, one text at a time, beside peers:  python bench/decode.py [--tokens 64] [--rounds 5]
+
+A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: speed does not depend on them) writes
+greedily behind a prompt of 16 tokens. Ours in bf16; transformers' GPT2LMHeadModel.generate in bf16 and fp32; and the
+demo's size as well. They take turns in one process. The bound is what the memory delivers: bytes of the weights that a
+token needs over the speed at which this machine reads memory, measured in the same rounds.
+Writes results/bench/decode.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.context import context
+from bench.peers import gpt2
+from config import PRESETS, GenerationConfig, GPTConfig
+from model import GPT
+from sampling import generate_ids
+from tokenizer import Tokenizer, load_tiktoken
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = 16
+
+
+def tokenizer_of(n_vocab: int) -> Tokenizer:
+    """gpt2's, or one of so many ids: only its size matters here."""
+    if n_vocab == 50257:
+        return load_tiktoken("gpt2", "~/.cache/basicgpt")
+    tokens = [bytes([i]) for i in range(256)] + [b"%06d" % i for i in range(n_vocab - 257)]
+    return Tokenizer("bpe", r"[\s\S]", tokens, {"<|endoftext|>": n_vocab - 1})
+
+
+def ours(shape: GPTConfig, n_vocab: int, tokens: int) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = GPT(shape.resolved(n_vocab)).to(torch.bfloat16).eval()
+    tokenizer = tokenizer_of(n_vocab)
+    greedy = GenerationConfig(max_tokens=tokens, temperature=0)
+
+    def decode() -> None:
+        n = sum(1 for _ in generate_ids(model, [1] * PROMPT, tokenizer, greedy))
+        assert n == tokens, "it met end-of-text"
+
+    return decode
+
+
+def theirs(shape: GPTConfig, n_vocab: int, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+    model = gpt2(shape.d_model, shape.n_layers, shape.n_heads, shape.max_length, n_vocab).to(dtype).eval()
+    ids = torch.ones((1, PROMPT), dtype=torch.long)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "use_cache": True}
+
+    def decode() -> None:
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)  # type: ignore
+        assert out.shape[1] == PROMPT + tokens
+
+    return decode
+
+
+def read_speed() -> float:
+    """Bytes per second that the processors read from memory, at best of five readings of a gigabyte."""
+    block = torch.ones(2**28)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - started)
+    return block.numel() * 4 / min(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"context": context()}
+    for size, n_vocab in (("gpt2", 50257), ("demo", 4096)):
+        shape, tokens = PRESETS[size].model, arguments.tokens
+        contenders = {
+            "ours bf16": ours(shape, n_vocab, tokens),
+            "transformers bf16": theirs(shape, n_vocab, tokens, torch.bfloat16),
+            "transformers fp32": theirs(shape, n_vocab, tokens, torch.float32),
+        }
+        counts = GPT(shape.resolved(n_vocab)).parameter_counts()
+        head = shape.resolved(n_vocab).vocab_size * shape.d_model
+        n_bytes = 2 * (counts["attention"] + counts["mlp"] + head)
+        for decode in contenders.values():  # warm up
+            decode()
+        speeds: dict[str, list[float]] = {name: [] for name in [*contenders, "bound"]}
+        for _ in range(arguments.rounds):
+            speeds["bound"].append(read_speed() / n_bytes)
+            for name, decode in contenders.items():
+                started = time.perf_counter()
+                decode()
+                speeds[name].append(tokens / (time.perf_counter() - started))
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        print(f"{size}: {counts['total'] / 1e6:.1f}M parameters, {n_bytes / 1e6:.0f} MB of bf16 weights per token")
+        for name, speed in medians.items():
+            print(f"  {name:<20}{speed:>8.1f} tokens/s{speed / medians['bound']:>8.1%} of the bound")
+        print(f"  ours: {medians['ours bf16'] / medians['transformers bf16']:.1f} x transformers bf16\n")
+        results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
+    out = ROOT / "results" / "bench" / "decode.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
