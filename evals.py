@@ -22,9 +22,7 @@ from config import ConfigError, EvalConfig, complain, exit_code_of, parse_argume
 class Arguments(EvalConfig):
     """Evaluate a checkpoint on the held-out documents of its own datasets, which it was never trained on."""
 
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")] = (
-        tyro.MISSING
-    )  # a run's folder, or one of its step-* folders
+    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
     val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
     local_files: tuple[str, ...] = ()  # where the text of LOCAL is now; empty: where it was in training
     shards_dir: str = ""  # where the shards are now; empty: where they were in training

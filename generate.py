@@ -20,9 +20,7 @@ class Arguments(GenerationConfig):
     when the model writes end-of-text. A prompt longer than the model's context keeps its last tokens, and says so.
     """
 
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")] = (
-        tyro.MISSING
-    )  # a run's folder, or one of its step-* folders
+    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
     prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
 
 
