@@ -32,7 +32,6 @@ from model import GPT
 from tokenizer import Tokenizer
 
 FORMAT = 1
-FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
 _STEP_NAME = re.compile(r"step-(\d{8})")
 
 
@@ -123,7 +122,8 @@ def save_checkpoint(
             path.chmod(0o644)  # safetensors leaves files that only their owner may read
             _flush(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        manifest = {"format": FORMAT, "step": step, "val_loss": val_loss, "files": files}
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "val_loss": val_loss, "files": files}
+        manifest["sha256"] = _digest(manifest)
         write_json(temporary / "manifest.json", manifest)
         _flush(temporary / "manifest.json")
         _flush(temporary)
@@ -219,7 +219,7 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first, by step (never by a clock). Bytes are not verified here."""
     found = []
     for path in sorted(run_dir.glob("step-*")):
-        if _STEP_NAME.fullmatch(path.name) and (path / "manifest.json").is_file():
+        if _STEP_NAME.fullmatch(path.name):
             try:
                 val_loss = _read_manifest(path).get("val_loss")
             except DamagedCheckpoint:  # found out again, and said, by whoever wants to use it
@@ -284,7 +284,7 @@ def verify_checkpoint(path: Path) -> None:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} cannot be read ({error})") from None
 
 
@@ -299,7 +299,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def read_config(path: Path) -> Config:
     """The configuration that a checkpoint was trained with."""
     try:
-        return Config.from_dict(_read_json(path / "config.json"))
+        config = Config.from_dict(_read_json(path / "config.json"))
+        config.model.validate()
+        return config
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'} does not fit this code: {error}") from None
 
@@ -392,17 +394,17 @@ _FREE_TRAINING_FIELDS = {
 }  # fmt: skip
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest without its own entry of that name."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json, checked: whoever reads it may rely on its step and on a size and a sha256 for each of FILES."""
+    """manifest.json, as it was written. Raises DamagedCheckpoint, or CheckpointError for a later format."""
     manifest = _read_json(path / "manifest.json")
-    try:
-        if manifest["format"] > FORMAT:
-            raise CheckpointError(f"{path} has format {manifest['format']}; this code reads up to {FORMAT}: update it")
-        entries = [manifest["files"][name] for name in FILES]
-        sound = type(manifest["step"]) is int and len(manifest["files"]) == len(FILES)
-        sound = sound and all(type(e["size"]) is int and type(e["sha256"]) is str for e in entries)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _digest(manifest):
         raise DamagedCheckpoint(f"{path / 'manifest.json'} is damaged")
-    return dict(manifest)
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {manifest['format']}; this code reads up to {FORMAT}: update it")
+    return manifest

@@ -41,11 +41,14 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     """Run a script's main; turn what a person can mend into one line on stderr and an exit code.
 
     Codes: 2 usage or settings (too large for the memory among them), 3 data, 4 checkpoint, 5 non-finite numbers,
-    6 disk, 75 stopped by a signal with everything saved (run again with --resume), 130 interrupted before training.
+    6 disk, 75 stopped by a signal with everything saved (run again with --resume), 130 interrupted before training,
+    141 the reader of the output has gone.
     Any other error keeps its traceback: it is a mistake of the code.
     """
     if sys.stdout is None:  # closed by the caller, as with >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # text that the terminal's encoding lacks is no reason to end
@@ -59,9 +62,9 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:  # before or after the training loop, which has its own way to stop
         complain("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`; what was to follow is not done
         drop(sys.stdout)
-        return 0
+        return 128 + 13  # as for a program that SIGPIPE ends
     except Exception as error:
         explained = explain(error)
         if explained is None:
@@ -78,9 +81,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """One line and the exit code of an error that a person can mend; None for any other."""
     if isinstance(error, UserError):
         return " ".join(str(error).split()), error.exit_code
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    cut_short = type(error) is OSError and error.errno is None  # numpy's, for an array that had no room
+    if isinstance(error, OSError) and (cut_short or error.errno in _DISK_ERRORS):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; free some space, or choose a place that can be written", 6
+        return f"{place}{error.strerror or error}; free some space, or choose a place that can be written", 6
     # torch's own classes, by name: this module imports the standard library only.
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     if out_of_memory or isinstance(error, MemoryError):
@@ -91,7 +95,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.ELOOP,
 }  # fmt: skip
 
 
@@ -198,6 +202,7 @@ class DataConfig:
             "LOCAL" not in self.current_datasets or bool(self.local_files or self.shards_dir),
             "data.current_datasets LOCAL needs data.local_files, or data.shards_dir with its shards",
         )
+        _require("" not in self.local_files, "data.local_files has an empty name; give files or folders")
         _positive("data", self, "n_streams", "val_tokens")
         _require(self.max_samples >= 0, f"data.max_samples is {self.max_samples}; use 0 for all, or a positive number")
         _require(

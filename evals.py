@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(Arguments, argv)
     arguments.validate()
 
+    output = Path(arguments.output).expanduser()
+    if arguments.output and output.exists() and not output.is_file():
+        raise ConfigError(f"--output {output} is not a file; name one to write or to replace")
+
     import torch
     from tqdm import tqdm
 
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     results: dict[str, Any] = {"checkpoint": path.name, "step": step, "held_out": summaries, "samples": samples}
     limited = f"-{arguments.val_tokens}" if arguments.val_tokens else ""
-    output = Path(arguments.output or path.parent / f"eval-{step:08d}{limited}.json").expanduser()
+    output = output if arguments.output else path.parent / f"eval-{step:08d}{limited}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, without_nan(results))
     print(f"\nwritten to {output}")

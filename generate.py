@@ -63,7 +63,10 @@ def read_prompt(prompt: str) -> str:
     from config import ConfigError
 
     if prompt == "-":
-        return sys.stdin.read()
+        try:
+            return sys.stdin.buffer.read().decode()
+        except (AttributeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt -: standard input cannot be read as text ({error})") from None
     if prompt.startswith("@"):
         try:
             with open(prompt[1:], encoding="utf-8") as file:

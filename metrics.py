@@ -40,8 +40,9 @@ class Score:
         bits, bits_se = ratio(self.nats / math.log(2), self.bytes)
         top1, top1_se = ratio(self.top1, self.tokens)
         top5, top5_se = ratio(self.top5, self.tokens)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
-            "loss": loss, "loss_se": loss_se, "perplexity": math.exp(loss), "perplexity_se": math.exp(loss) * loss_se,
+            "loss": loss, "loss_se": loss_se, "perplexity": perplexity, "perplexity_se": perplexity * loss_se,
             "bits_per_byte": bits, "bits_per_byte_se": bits_se, "top1": top1, "top1_se": top1_se,
             "top5": top5, "top5_se": top5_se, "tokens": int(self.tokens.sum()), "bytes": int(self.bytes.sum()),
         }  # fmt: skip
@@ -81,10 +82,10 @@ def score_rows(
 
 
 def without_nan(value: Any) -> Any:
-    """The same with null for every NaN, which JSON does not have: such as the standard error of a single row."""
+    """The same with null for NaN and infinity, which JSON does not have: such as the standard error of one row."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsFile:
@@ -183,8 +184,8 @@ def plot_loss(run_dir: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     records = read_metrics(run_dir / "metrics.jsonl")
-    steps = [r for r in records if r["kind"] == "train"]
-    validations = [r for r in records if r["kind"] == "validation"]
+    steps = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+    validations = [r for r in records if r["kind"] == "validation" and r["datasets"]["all"]["loss"] is not None]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], color="0.6", linewidth=0.8, label="training")
     names = list(validations[-1]["datasets"]) if validations else []

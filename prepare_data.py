@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from config import DATASETS, Config, ConfigError, DataConfig, exit_code_of, load
 from documents import DocumentStream, key_of
 from hub import DataError, reader
 from shards import write_shards
-from sources import Document, EmptyStream, Source, Tokenized, resolve_source
+from sources import Document, EmptyStream, Source, Tokenized, read_shard_settings, resolve_source
 from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
@@ -351,7 +351,8 @@ class DatasetPrep:
         c = self.config
         key = [source.identity, self.tokenizer.fingerprint, self._length, c.val_fraction, c.val_tokens, c.max_samples]
         path = self._cached("heldout", [*key, c.seed], ".npy")
-        if not path.exists():
+        rows_on_disk = _read_rows(path, self.tokenizer.n_vocab)
+        if rows_on_disk is None:
             documents = DocumentStream(source, c, stream=0, n_streams=1, epochs=1, held_out=True)
             packed = PackedSource(documents, self.tokenizer, self._length)
             rows: list[np.ndarray] = []
@@ -365,15 +366,23 @@ class DatasetPrep:
                     f"{source.name} has too little held-out text to fill a row of {self._length} tokens; "
                     f"raise --data.val_fraction, or use --model.max_length {max(1, n - 1)}"
                 )
-            _write_atomically(path, lambda partial: np.save(partial, np.stack(rows)))
-        rows_on_disk: np.ndarray = np.load(path, mmap_mode="r")
+            _write_atomically(path, lambda file: np.save(file, np.stack(rows)))
+            rows_on_disk = np.load(path, mmap_mode="r")
         return rows_on_disk
 
     def _load_tokenizer(self) -> Tokenizer:
         c = self.config
         if c.shards_dir:
             path = Path(c.shards_dir).expanduser() / "tokenizer.json"
-            tokenizer = Tokenizer.from_dict(json.loads(path.read_text()))
+            tokenizer = _read_tokenizer(path)
+            if tokenizer is None:
+                raise DataError(
+                    f"{path} is damaged or missing; make the shards again with prepare_data.py --write_shards"
+                )
+            for name in c.current_datasets:
+                made_with = (read_shard_settings(path.parent / name) or {}).get("tokenizer")
+                if made_with != tokenizer.fingerprint:
+                    raise DataError(f"the shards in {path.parent / name} are made with another tokenizer than {path}")
             if (tokenizer.name, tokenizer.n_vocab) != (c.tokenizer, c.n_vocab):
                 raise ConfigError(
                     f"the shards in {c.shards_dir} are made with the tokenizer {tokenizer.name} of {tokenizer.n_vocab} "
@@ -386,10 +395,12 @@ class DatasetPrep:
         identities = [source.identity for source in self.sources]
         key = [identities, c.dataset_probabilities, c.bpe_vocab_size, c.val_fraction, c.seed, c.max_samples]
         path = self._cached("bpe", key, ".json")
-        if not path.exists():
-            tokenizer = train_bpe(self._tokenizer_texts(), c.bpe_vocab_size)
-            _write_atomically(path, lambda partial: Path(partial).write_text(json.dumps(tokenizer.to_dict())))
-        return Tokenizer.from_dict(json.loads(path.read_text()))
+        cached = _read_tokenizer(path)
+        if cached is None:
+            cached = train_bpe(self._tokenizer_texts(), c.bpe_vocab_size)
+            text = json.dumps(cached.to_dict())
+            _write_atomically(path, lambda file: file.write(text.encode()))
+        return cached
 
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training documents of each source, as much of each as its probability says."""
@@ -435,12 +446,35 @@ def planned_tokens(name: str, config: DataConfig, documents: int, tokens_per_doc
     return int(documents * tokens_per_document * (1 - config.val_fraction))
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under another name first, so that a file of this name is always whole."""
+def _read_tokenizer(path: Path) -> Tokenizer | None:
+    """A tokenizer from a file; None when there is none, or when the file is not whole."""
+    try:
+        return Tokenizer.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _read_rows(path: Path, n_vocab: int) -> np.ndarray | None:
+    """Held-out rows from the cache, memory-mapped; None when there are none, or when the file is not whole."""
+    try:
+        rows: np.ndarray = np.load(path, mmap_mode="r")
+        return rows if rows.ndim == 2 and int(rows.max()) < n_vocab else None
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write under another name first and flush it to the disk, so that a file of this name is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}-{path.name}")
-    write(partial)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------

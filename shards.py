@@ -55,7 +55,7 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"  # one for all datasets
-    if path.exists() and json.loads(path.read_text()) != tokenizer.to_dict():
+    if path.exists() and path.read_bytes() != json.dumps(tokenizer.to_dict()).encode():
         raise DataError(f"{folder} holds shards made with another tokenizer; choose another folder, or remove it")
     _write(path, tokenizer.to_dict())
     for source in sources:
@@ -92,7 +92,11 @@ def _in_processes(jobs: list[_Job], processes: int) -> Iterator[None]:
     stop = spawn.Event()
     pool = ProcessPoolExecutor(processes, spawn, initializer=_begin_process, initargs=(stop,))
     try:
-        for done in as_completed([pool.submit(_write_shard, job) for job in jobs]):
+        # The processes start here, and inherit this: Ctrl-C is the first one's business alone.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        work = [pool.submit(_write_shard, job) for job in jobs]
+        signal.signal(signal.SIGINT, interrupt)
+        for done in as_completed(work):
             done.result()
             yield
     except BrokenProcessPool:
@@ -106,8 +110,7 @@ def _in_processes(jobs: list[_Job], processes: int) -> Iterator[None]:
 
 
 def _begin_process(stop: Event) -> None:
-    """End with the first process: when it says so, and when it is killed. Ctrl-C is its business alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End with the first process: when it says so, and when it is killed."""
     reader.stop = stop
 
     def follow() -> None:

@@ -195,9 +195,12 @@ def read_shard_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / "settings.json"
     try:
         settings: dict[str, Any] = json.loads(path.read_text())
+        whole = {"n_shards", "n_vocab", "tokenizer"} <= settings.keys()
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
         raise DataError(f"{path} is damaged; remove {folder} and make its shards again") from None
     return settings
 
@@ -224,7 +227,10 @@ def _local_files(paths: Iterable[str]) -> list[str]:
         if not path.exists():
             raise DataError(f"data.local_files names {path}, which does not exist")
         inside = path.rglob("*") if path.is_dir() else [path]
-        found = sorted(f for f in inside if f.name.endswith(known) and not f.is_dir())
+        try:
+            found = sorted(f for f in inside if f.name.endswith(known) and f.is_file())
+        except OSError as error:  # such as links in a circle
+            raise DataError(f"data.local_files: {path} cannot be read ({error.strerror})") from None
         if not found:
             raise DataError(f"data.local_files: {path} is or holds none of {', '.join('*' + k for k in known)}")
         files += found
@@ -430,7 +436,7 @@ def _text_of(source: Source, path: str, row: int, record: Any) -> str:
     if isinstance(record, bytes):
         try:
             record = json.loads(record)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptRecord(f"{path}, record {row}, is not JSON: {error}") from None
     if not isinstance(record, dict) or source.text_field not in record:
         raise TextFieldMissing(_missing(source.text_field, list(record) if isinstance(record, dict) else [], path))

@@ -34,26 +34,29 @@ STOPPED = 75  # exit code: a signal came, everything is saved, run again with --
 def main(argv: Sequence[str] | None = None) -> int:
     # torch takes a second to import: --help and a mistyped option are answered before that.
     config = load_config(argv, "Train a GPT from scratch.", Config)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until the loop knows better
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return train(config)
     except BaseException as error:
         if checkpoint := sys.modules.get("checkpoint"):  # importing it now would hide an interrupt of its import
-            message, code = explain(error) or (repr(error), getattr(error, "code", 130))
+            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+            message, code = explain(error) or (repr(error), code)
             with contextlib.suppress(AttributeError):  # half imported
                 checkpoint.write_failure(run_folder(config), message, code)
         raise
 
 
 def run_folder(config: Config) -> Path:
-    return Path(config.train.out_dir) / config.train.run_name
+    return Path(config.train.out_dir).expanduser() / config.train.run_name
 
 
 def train(config: Config) -> int:
     """The run, from the data to the last checkpoint. Returns the exit code: 0, or STOPPED. Raises UserError."""
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object, set_seed
     from tqdm import tqdm
 
     from checkpoint import (
@@ -83,7 +86,12 @@ def train(config: Config) -> int:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu, kwargs_handlers=[ddp]
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=on_cpu,
+        kwargs_handlers=[ddp],
+        # Both are ours, below; without these, accelerate takes them from variables of the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
@@ -202,6 +210,11 @@ def train(config: Config) -> int:
         mix = data.mix()
         say(f"  mix so far   {', '.join(f'{name} {share:.2%}' for name, share in mix.items())}")
         record("validation", datasets=scores, mix=mix, seconds=seconds_trained)
+        if not math.isfinite(scores["all"]["loss"]):
+            raise NonFiniteError(
+                f"the held-out loss is {scores['all']['loss']} at step {step}, which is not saved. Continue from "
+                f"the last checkpoint with --resume, or start anew with a lower --train.lr"
+            )
         if is_main:
             plot_loss(run_dir)
             settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)

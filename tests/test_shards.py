@@ -471,3 +471,22 @@ def test_a_truncated_shard_is_refused_by_name(copy: tuple[Path, DataConfig], suf
     kind = DataError if suffix == ".bin" and how in ("a byte", "all") else CorruptRecord
     message = complaint(config, kind, read_for_ever)
     assert message.startswith(str(path))
+
+
+def test_shards_of_another_tokenizer_of_the_same_size_are_refused(copy: tuple[Path, DataConfig]) -> None:
+    _, config = copy
+    path = Path(config.shards_dir) / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["tokens"][65], values["tokens"][66] = values["tokens"][66], values["tokens"][65]
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        DatasetPrep(config, 16, 4)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "\x00"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "LOCAL/settings.json"])
+def test_damaged_settings_of_shards_are_one_line(copy: tuple[Path, DataConfig], name: str, content: str) -> None:
+    _, config = copy
+    (Path(config.shards_dir) / name).write_text(content)
+    with pytest.raises(DataError, match="damaged"):
+        DatasetPrep(config, 16, 4)

@@ -320,3 +320,55 @@ def test_two_compiled_processes_train(runs: Runs) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert len(runs.losses("compiled-two")) == 20
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged_and_never_overlooked(runs: Runs, whole: str) -> None:
+    shutil.copytree(runs.folder / "whole", runs.folder / "beheaded")
+    for step in (10, 20):
+        (runs.checkpoint("beheaded", step) / "manifest.json").unlink()
+    _, err = runs("beheaded", code=2)
+    assert "already holds a run at step 20" in err
+    _, err = runs("beheaded", "--resume", code=4)
+    assert "no sound checkpoint left" in err
+
+
+def test_a_manifest_with_another_meaning_is_damaged(runs: Runs, whole: str) -> None:
+    shutil.copytree(runs.checkpoint("whole", 20), runs.folder / "altered" / "step-00000020")
+    manifest = runs.checkpoint("altered", 20) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 20', '"step": 60'))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evals.py"), str(manifest.parent)], capture_output=True, text=True
+    )
+    assert done.returncode == 4
+    assert "manifest.json is damaged" in done.stderr
+
+
+def test_variables_of_accelerate_do_not_change_a_run(runs: Runs, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    runs("environment")
+    assert weights(runs.checkpoint("environment", 20)) == weights(runs.checkpoint("whole", 20))
+
+
+def test_a_run_that_went_further_is_not_called_complete(runs: Runs, whole: str) -> None:
+    _, err = runs("whole", "--train.max_steps", "15", "--resume", code=2)
+    assert "--train.max_steps 20" in err
+    runs("whole", "--resume")  # whose status is complete again
+
+
+def test_an_infinite_held_out_loss_ends_the_run_before_it_is_saved(runs: Runs) -> None:
+    options = ("--train.warmup_tokens", "0", "--train.max_steps", "1", "--train.lr", "1e30")
+    _, err = runs("infinite", *options, code=5)
+    assert "the held-out loss is" in err
+    assert not runs.checkpoint("infinite", 1).exists()
+
+
+def test_a_torn_file_in_the_cache_is_made_again(runs: Runs, whole: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    options = ("--data.cache_dir", str(cache), "--train.max_steps", "2", "--train.warmup_tokens", "0")
+    runs("cache", *options)
+    for file in cache.iterdir():
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:100])
+    runs("torn", *options)
+    assert weights(runs.checkpoint("torn", 2)) == weights(runs.checkpoint("cache", 2))
