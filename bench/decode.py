@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     results: dict[str, Any] = {"context": context()}
-    for size, n_vocab in (("gpt2", 50257), ("demo", 4096)):
+    for size, n_vocab in (("gpt2", 50257), ("demo", PRESETS["demo"].data.n_vocab)):
         shape, tokens = PRESETS[size].model, arguments.tokens
         contenders = {
             "ours bf16": ours(shape, n_vocab, tokens),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-OUR_STEPS = (60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 500, 650)
+OUR_STEPS = (60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 480, 560)
 
 
 def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, float]:
@@ -42,7 +42,9 @@ def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, fl
     length = config.model.max_length
     data = DatasetPrep(config.data, length, config.rows_per_step())
     torch.manual_seed(seed)
-    peer = MeanLoss(gpt2(config.model.d_model, config.model.n_layers, config.model.n_heads, length, 4096))
+    peer = MeanLoss(
+        gpt2(config.model.d_model, config.model.n_layers, config.model.n_heads, length, config.data.n_vocab)
+    )
     optimizer = adamw(peer, lr)
     trained = peer if fp32 else torch.compile(peer)
     precision = contextlib.nullcontext() if fp32 else torch.autocast("cpu", dtype=torch.bfloat16)
