@@ -141,7 +141,8 @@ def test_head_does_not_show_a_traceback(tmp_path: Path, script: str, unbuffered:
         ["bash", "-o", "pipefail", "-c", f"'{sys.executable}' '{script}' --model.max_length 64 | head -1"],
         cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert (result.stderr, result.returncode) == ("", 0)
+    assert result.stderr == ""
+    assert result.returncode in (0, 141)  # 141: it met the closed pipe before it was done
     assert len(result.stdout.splitlines()) == 1
 
 
