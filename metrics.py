@@ -71,12 +71,11 @@ def score_rows(
         batch = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(token_byte_length.device)
         targets = batch[:, 1:]  # (B, T)
         logits = model(batch[:, :-1])  # (B, T, V)
-        target_logits = logits.gather(2, targets[..., None])
-        rank = (logits > target_logits).sum(dim=2)  # (B, T): tokens that the model finds likelier
-        nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
-        tokens = torch.full_like(rank, targets.size(1))[:, 0]
-        first = logits.argmax(dim=2) == targets  # bf16 has ties: the first of them counts, not every one
-        columns = nats.double().sum(1), tokens, token_byte_length[targets].sum(1), first.sum(1), (rank < 5).sum(1)
+        best = logits.topk(min(5, logits.size(2)), dim=2).indices == targets[..., None]  # (B, T, 5); of ties some
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        tokens = torch.full_like(targets, targets.size(1))[:, 0]
+        first, among = best[:, :, 0], best.any(dim=2)
+        columns = nats.double().sum(1), tokens, token_byte_length[targets].sum(1), first.sum(1), among.sum(1)
         sums.append(torch.stack([c.to(torch.float64) for c in columns], dim=1).cpu())
     return Score(*(torch.cat(sums).numpy().T if sums else np.zeros((5, 0))))
 
