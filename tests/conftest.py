@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,11 @@ import pytest
 if TYPE_CHECKING:  # torch takes a second: only the tests that ask for a model wait for it
     from model import GPT
     from tokenizer import Tokenizer
+
+# Under nohup, or behind & in a script, these are ignored, and the programs that the tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, more threads only wait for each other
 
