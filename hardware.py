@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -48,7 +49,7 @@ def inference_dtype(device: torch.device) -> torch.dtype:
 
 
 # Dense products in bf16 (fp16 on the last line's cards), fp32 sums, TFLOP/s: the makers' data sheets, without
-# "sparsity". The first name that is part of the device's counts.
+# "sparsity". The first that is a word of the device's name counts (an RTX A4000 is no A40).
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
     "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
@@ -64,7 +65,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [tflops for part, tflops in PEAK_TFLOPS.items() if part in name]
+        known = [tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)]
         return known[0] * 1e12 if known and precision != "fp32" else None
     if device.type != "cpu":
         return None

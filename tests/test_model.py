@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, GPTConfig, TrainingConfig
+from hardware import peak_flops
 from model import GPT, ROWS_OF_LOGITS, BlockAttention, HeadLoss, KVCache, rotary_tables, rotate
 from optim import build_optimizers
 
@@ -375,3 +376,29 @@ def test_training_never_holds_the_logits_of_all_rows() -> None:
     with Watch():
         model(ids, ids).backward()
     assert ROWS_OF_LOGITS * n_vocab <= largest < rows * n_vocab
+
+
+def test_a_cache_gives_the_same_logits_with_gradients_on(tiny_model: Build) -> None:
+    model, ids = tiny_model(), random_ids(1, 12)
+    cache = KVCache(model.config, 1, 12, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        whole = model(ids)
+    first = model(ids[:, :5], cache=cache).detach()
+    cache.keys, cache.values = cache.keys.detach(), cache.values.detach()
+    second = model(ids[:, 5:], cache=cache)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA A10G", 70), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", 125), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A1000", None), ("NVIDIA T400", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_gpu_is_that_of_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, tflops: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == (tflops * 1e12 if tflops else None)
