@@ -27,7 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import Config, ConfigError, UserError
+from config import Config
+from errors import ConfigError, UserError
+from files import PARTIAL, write_json
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -87,8 +89,8 @@ def open_run(run_dir: Path) -> IO[str]:
     lock.truncate()
     lock.write(str(os.getpid()))
     lock.flush()
-    for leftover in run_dir.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in run_dir.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
 
@@ -108,7 +110,7 @@ def save_checkpoint(
     no room; what was there before is untouched then.
     """
     final = run_dir / f"step-{step:08d}"
-    temporary = run_dir / f".tmp-step-{step:08d}"
+    temporary = run_dir / f"{PARTIAL}step-{step:08d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -127,7 +129,7 @@ def save_checkpoint(
         write_json(temporary / "manifest.json", manifest)
         _flush(temporary / "manifest.json")
         _flush(temporary)
-        aside = run_dir / f".tmp-old-{final.name}"
+        aside = run_dir / f"{PARTIAL}old-{final.name}"
         if final.exists():  # a resumed run reached a step that it had saved before
             final.rename(aside)
         temporary.rename(final)
@@ -138,13 +140,6 @@ def save_checkpoint(
         raise DiskError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from None
     _remove_old(run_dir, config.train.keep_checkpoints)
     return final
-
-
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Replace the file in one go, so that whoever reads it finds the old text or the new."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
-    partial.replace(path)
 
 
 def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:
@@ -192,7 +187,7 @@ def _remove_old(run_dir: Path, keep: int) -> None:
     best = min(measured, key=lambda c: (c.val_loss, -c.step), default=None)
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
-            doomed = run_dir / f".tmp-old-{checkpoint.path.name}"  # half removed is never mistaken for complete
+            doomed = run_dir / f"{PARTIAL}old-{checkpoint.path.name}"  # half removed is never mistaken for complete
             checkpoint.path.rename(doomed)
             shutil.rmtree(doomed)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import tyro
 
-from config import ConfigError, EvalConfig, complain, exit_code_of, parse_arguments
+from config import EvalConfig, parse_arguments
+from errors import ConfigError, complain, exit_code_of
 
 
 @dataclass
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
-    from checkpoint import find_checkpoint, load_model, read_state, write_json
+    from checkpoint import find_checkpoint, load_model, read_state
+    from files import write_json
     from hardware import default_device, describe, inference_dtype
     from metrics import Score, score_rows, without_nan
     from prepare_data import DatasetPrep

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from config import GenerationConfig, exit_code_of, parse_arguments
+from config import GenerationConfig, parse_arguments
+from errors import exit_code_of
 
 
 @dataclass
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, the file after an @, or standard input for -. Raises UserError for a missing file."""
-    from config import ConfigError
+    from errors import ConfigError
 
     if prompt == "-":
         try:

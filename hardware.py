@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from config import ConfigError
+from errors import ConfigError
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

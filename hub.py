@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from config import UserError
+from errors import UserError
 
 PREFLIGHT_SECONDS = 12.0  # for both questions
 READ_SECONDS = 20.0  # of silence in an answer

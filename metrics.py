@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from files import whole_file
+
 
 @dataclass(frozen=True)
 class Score:
@@ -96,9 +98,8 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        with whole_file(path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, **values: Any) -> None:

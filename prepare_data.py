@@ -27,15 +27,17 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
-from config import DATASETS, Config, ConfigError, DataConfig, exit_code_of, load_config
+from config import DATASETS, Config, DataConfig, load_config
 from documents import DocumentStream, key_of
+from errors import ConfigError, exit_code_of
+from files import whole_file, write_json
 from hub import DataError, reader
 from shards import write_shards
 from sources import Document, EmptyStream, Source, Tokenized, read_shard_settings, resolve_source
@@ -366,7 +368,8 @@ class DatasetPrep:
                     f"{source.name} has too little held-out text to fill a row of {self._length} tokens; "
                     f"raise --data.val_fraction, or use --model.max_length {max(1, n - 1)}"
                 )
-            _write_atomically(path, lambda file: np.save(file, np.stack(rows)))
+            with whole_file(path) as file:
+                np.save(file, np.stack(rows))
             rows_on_disk = np.load(path, mmap_mode="r")
         return rows_on_disk
 
@@ -398,8 +401,7 @@ class DatasetPrep:
         cached = _read_tokenizer(path)
         if cached is None:
             cached = train_bpe(self._tokenizer_texts(), c.bpe_vocab_size)
-            text = json.dumps(cached.to_dict())
-            _write_atomically(path, lambda file: file.write(text.encode()))
+            write_json(path, cached.to_dict(), indent=None)
         return cached
 
     def _tokenizer_texts(self) -> Iterator[str]:
@@ -461,20 +463,6 @@ def _read_rows(path: Path, n_vocab: int) -> np.ndarray | None:
         return rows if rows.ndim == 2 and int(rows.max()) < n_vocab else None
     except (OSError, ValueError, EOFError):
         return None
-
-
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write under another name first and flush it to the disk, so that a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------

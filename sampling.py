@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from config import GenerationConfig, UserError
+from config import GenerationConfig
+from errors import UserError
 from model import GPT, KVCache
 from tokenizer import Tokenizer
 

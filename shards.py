@@ -19,16 +19,15 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from config import DataConfig
 from documents import DocumentStream
+from files import PARTIAL, whole_file, write_json
 from hub import DataError, check_stop, reader
 from sources import SHARD_INDEX, Source, Tokenized, document_hash, read_shard_settings
 from tokenizer import Tokenizer
@@ -55,9 +54,9 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"  # one for all datasets
-    if path.exists() and path.read_bytes() != json.dumps(tokenizer.to_dict()).encode():
+    if path.exists() and path.read_text().rstrip() != json.dumps(tokenizer.to_dict()):
         raise DataError(f"{folder} holds shards made with another tokenizer; choose another folder, or remove it")
-    _write(path, tokenizer.to_dict())
+    write_json(path, tokenizer.to_dict(), indent=None)
     for source in sources:
         place = folder / source.name
         place.mkdir(exist_ok=True)
@@ -69,7 +68,7 @@ def write_shards(
         if known is not None and known != settings:
             changed = ", ".join(key for key in settings if known.get(key) != settings[key])
             raise DataError(f"{place} holds shards made with another {changed}; choose another folder, or remove it")
-        _write(place / "settings.json", settings)
+        write_json(place / "settings.json", settings)
         paths = [place / f"shard-{i:05d}-of-{n_shards:05d}.bin" for i in range(n_shards)]
         jobs = [
             _Job(source, tokenizer, config, i, n_shards, path)
@@ -82,7 +81,7 @@ def write_shards(
             for _ in _in_processes(jobs, min(processes, len(jobs))):
                 ready += 1
                 yield source.name, ready
-        for leftover in place.glob(".shard-*"):  # of processes that were killed
+        for leftover in place.glob(f"{PARTIAL}*"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
 
 
@@ -129,7 +128,7 @@ def _write_shard(job: _Job) -> None:
     stream = DocumentStream(job.source, job.config, job.shard, job.n_shards, epochs=1, held_out=None)
     index: list[tuple[int, int]] = []
     end = 0
-    with _whole(job.path) as file:
+    with whole_file(job.path) as file:
         for document in stream:
             assert not isinstance(document, Tokenized)
             check_stop()
@@ -137,27 +136,5 @@ def _write_shard(job: _Job) -> None:
             file.write(eot + ids.astype(dtype).tobytes())
             end += 1 + len(ids)
             index.append((end, document_hash(document)))
-    with _whole(job.path.with_suffix(".npy")) as file:
+    with whole_file(job.path.with_suffix(".npy")) as file:
         np.save(file, np.array(index, dtype=SHARD_INDEX))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name only when all of it is on the disk. An OSError always names it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        error.filename = error.filename or str(partial)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write(path: Path, value: object) -> None:
-    with _whole(path) as file:
-        file.write(json.dumps(value).encode())

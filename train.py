@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ConfigError, complain, drop, exit_code_of, explain, load_config
+from config import Config, load_config
+from errors import ConfigError, complain, drop, exit_code_of, explain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,9 +69,9 @@ def train(config: Config) -> int:
         put_damaged_aside,
         read_state,
         save_checkpoint,
-        write_json,
         write_status,
     )
+    from files import write_json
     from hardware import choose_precision, default_device, describe, peak_flops, why_not_compile
     from metrics import Meter, MetricsFile, duration, log_line, plot_loss
     from model import GPT

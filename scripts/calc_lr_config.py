@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import DATASETS, Config, exit_code_of, load_config
+from config import DATASETS, Config, load_config
+from errors import exit_code_of
 
 WIDTH, HEIGHT = 64, 8  # characters of the picture
 

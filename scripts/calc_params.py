@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import Config, GPTConfig, exit_code_of, load_config
+from config import Config, GPTConfig, load_config
+from errors import exit_code_of
 
 WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table: 64 of width per layer and head
 

@@ -28,8 +28,9 @@ import pytest
 
 import documents
 import prepare_data
-from config import DATASETS, DataConfig, Dataset, exit_code_of
+from config import DATASETS, DataConfig, Dataset
 from documents import DocumentStream, is_held_out
+from errors import exit_code_of
 from hub import DataError
 from prepare_data import Batch, DatasetPrep, PackedSource, StateMismatch
 from sources import (

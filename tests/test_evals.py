@@ -7,7 +7,7 @@ import math
 import pytest
 
 import evals
-from config import exit_code_of
+from errors import exit_code_of
 
 
 def test_the_table_fits_100_columns_and_shows_what_is_unknown_as_a_dash() -> None:

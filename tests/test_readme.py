@@ -115,7 +115,7 @@ def test_the_options_of_generate_in_the_readme_have_their_defaults() -> None:
 
 def test_the_exit_codes_in_the_readme_are_those_of_the_code() -> None:
     from checkpoint import CheckpointError, DiskError
-    from config import ConfigError
+    from errors import ConfigError
     from hub import DataError
     from sampling import NonFiniteError
     from train import STOPPED

@@ -23,8 +23,9 @@ import pytest
 import documents
 import prepare_data
 import sources
-from config import DataConfig, exit_code_of
+from config import DataConfig
 from documents import DocumentStream
+from errors import exit_code_of
 from hub import DataError
 from prepare_data import DatasetPrep
 from sources import SHARD_INDEX, CorruptRecord, Tokenized, document_hash, resolve_source
@@ -268,7 +269,7 @@ def test_writing_killed_midway_goes_on_to_the_same_bytes_and_leaves_finished_sha
     assert f"{len(finished)} of {n} shards; run prepare_data.py --write_shards" in complaint(
         config, DataError, read_for_ever
     )
-    (place / f".shard-00007-of-{n:05d}.bin.1.tmp").write_text("half a sh")  # one that was being written
+    (place / f".tmp-1-shard-00007-of-{n:05d}.bin").write_text("half a sh")  # one that was being written
     assert write(tmp_path / "killed", *files, **changes) == 0
     assert write(tmp_path / "whole", *files, **changes, processes=1) == 0
     assert shards_in(place.parent) == shards_in(tmp_path / "whole/shards")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import ConfigError
+from errors import ConfigError
 from tests.conftest import GETTYSBURG
 from tokenizer import END_OF_TEXT, Tokenizer, load_tiktoken, train_bpe
 
