@@ -19,7 +19,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Creates its folder. An OSError always names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
             yield file

@@ -269,7 +269,7 @@ def test_writing_killed_midway_goes_on_to_the_same_bytes_and_leaves_finished_sha
     assert f"{len(finished)} of {n} shards; run prepare_data.py --write_shards" in complaint(
         config, DataError, read_for_ever
     )
-    (place / f".tmp-1-shard-00007-of-{n:05d}.bin").write_text("half a sh")  # one that was being written
+    (place / f".tmp-shard-00007-of-{n:05d}.bin.1").write_text("half a sh")  # one that was being written
     assert write(tmp_path / "killed", *files, **changes) == 0
     assert write(tmp_path / "whole", *files, **changes, processes=1) == 0
     assert shards_in(place.parent) == shards_in(tmp_path / "whole/shards")
@@ -344,7 +344,7 @@ def test_a_disk_that_cannot_be_written_is_an_error_with_its_number_and_place(tmp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
-    assert str(caught.value.filename).startswith(f"{tmp_path}/shards/LOCAL/.shard-0000")
+    assert str(caught.value.filename).startswith(f"{tmp_path}/shards/LOCAL/.tmp-shard-0000")
     assert [path.name for path in (tmp_path / "shards/LOCAL").iterdir()] == ["settings.json"]
 
 
