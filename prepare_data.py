@@ -142,15 +142,15 @@ class PackedStream:
 
     def next_row(self, row: np.ndarray) -> tuple[int, int]:
         """Fill row (T+1,) as PackedSource does; returns (index of the source, ids filled), 0 when all are exhausted."""
-        due = [
-            (phase + (s.n_rows if self._by_tokens else s.n_documents)) / probability
-            for phase, s, probability in zip(self._phases, self.sources, self._probabilities, strict=True)
-        ]
-        for i in sorted(range(len(due)), key=due.__getitem__):
+        for i in sorted(range(len(self.sources)), key=self._turn):
             n = self.sources[i].next_row(row)
             if n:
                 return i, n
         return 0, 0
+
+    def _turn(self, i: int) -> float:
+        source = self.sources[i]
+        return (self._phases[i] + (source.n_rows if self._by_tokens else source.n_documents)) / self._probabilities[i]
 
 
 @dataclass(frozen=True)

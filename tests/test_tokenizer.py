@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from errors import ConfigError
 from tests.conftest import GETTYSBURG
-from tokenizer import END_OF_TEXT, Tokenizer, load_tiktoken, train_bpe
+from tokenizer import _FAST_PATTERNS, END_OF_TEXT, Tokenizer, load_tiktoken, train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
 NAMES = ["gpt2", "cl100k_base", "bpe"]
@@ -65,6 +66,23 @@ def test_known_ids(tokenizers: dict[str, Tokenizer]):
     assert {name: (t.n_vocab, t.eot_id) for name, t in tokenizers.items()} == {
         "gpt2": (50257, 50256), "cl100k_base": (100277, 100257), "bpe": (300, 299)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fast_form_of_a_pattern_gives_the_ids_of_the_published_one(tokenizers: dict[str, Tokenizer], name: str):
+    """On 20,000 texts of the characters that the patterns tell apart."""
+    ours = tokenizers[name]
+    assert ours._pattern in _FAST_PATTERNS
+    published = tiktoken.Encoding(
+        name, pat_str=ours._pattern, mergeable_ranks={token: i for i, token in enumerate(ours._tokens)},
+        special_tokens=ours._special_ids,
+    )  # fmt: skip
+    spaces, letters = " " * 5 + "\t\n\r\x0b\x85\xa0\u2028\u3000", "sdmtSDMTlLvVrReE\u017faZ\xe9\u0416\u4e2d"
+    others = "\x27\x27\x270179\u0663\xbd\u2167.,!-_\u2014\u0301\u200d\U0001f600\x00"
+    rng = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(rng.choices(spaces + letters + others, k=rng.randint(1, 40)))
+        assert ours.encode(text).tolist() == published.encode_ordinary(text), repr(text)
 
 
 def test_end_of_text_inside_a_text_is_ordinary_text(tokenizer: Tokenizer):
