@@ -12,8 +12,8 @@ writes results/data/proofs.json.
 
 from __future__ import annotations
 
-import hashlib
 import argparse
+import hashlib
 import json
 import os
 import random
