@@ -384,7 +384,8 @@ _FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 # What may change between a run and its continuation without changing what is learned. (Batch size and
 # accumulation may be traded for each other or for devices: train.py checks their product.)
 _FREE_TRAINING_FIELDS = {
-    "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "precision", "compile",
+    "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "fit_memory", "activation_checkpointing",
+    "max_steps", "epochs", "precision", "compile",
     "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints",
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
 
@@ -225,11 +226,13 @@ class GPT(nn.Module):
     """A GPT of the given shape with freshly initialised weights.
 
     config must be resolved (GPTConfig.resolved): no field left to choose.
+    activation_checkpointing: in training keep only each block's input, and compute the block again for its backward
+    pass (arXiv:1604.06174): a third more products for a fraction of the memory.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.activation_checkpointing = config, False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -283,8 +286,12 @@ class GPT(nn.Module):
         x = self.embedding(ids)  # (B, T, D)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in the products' dtype
+        again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, layer)
+            if again:
+                x = checkpoint(block, x, cos, sin, cache, layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, cache, layer)
         if cache is not None:
             cache.seen += T
         if last_only:

@@ -73,6 +73,7 @@ def train(config: Config) -> int:
     )
     from files import write_json
     from hardware import choose_precision, default_device, describe, peak_flops, why_not_compile
+    from memory import fitting_batch_size, usable_memory
     from metrics import Meter, MetricsFile, duration, log_line, plot_loss
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
@@ -129,11 +130,14 @@ def train(config: Config) -> int:
         )
     if is_main:
         write_status(run_dir, "running", newest.step if newest else 0)
-    if state:
-        config = keep_rows_per_step(config, state["rows_per_step"], world_size)
-        c = config.train
+    rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
+    if c.fit_memory:
+        usable = usable_memory(device) // (world_size if on_cpu else 1)
+        fitting = torch.tensor([fitting_batch_size(config, rows_per_step // world_size, usable)], device=device)
+        c = dataclasses.replace(c, batch_size=int(accelerator.gather(fitting).min()))
+    config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
+    c, tokens_per_step = config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
-    rows_per_step, tokens_per_step = config.rows_per_step(world_size), config.tokens_per_step(world_size)
 
     # ---- data, model, optimizer -----------------------------------------------------------
     say(f"device    {world_size} x {describe(device)} | {precision}")
@@ -149,6 +153,7 @@ def train(config: Config) -> int:
 
     set_seed(c.seed)
     model = GPT(config.model.resolved(tokenizer.n_vocab)).to(device)
+    model.activation_checkpointing = c.activation_checkpointing
     optimizers = build_optimizers(model, c)
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps

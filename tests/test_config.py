@@ -602,6 +602,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "optim": {"config", "model"},
     "metrics": {"files"},
     "hardware": {"errors"},
+    "memory": {"config", "errors", "model", "optim"},
     "checkpoint": {"config", "errors", "files", "model", "tokenizer"},
     "sampling": {"config", "errors", "model", "tokenizer"},
 }
