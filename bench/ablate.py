@@ -2,8 +2,8 @@
 
 Trains the preset with each line of options of train.py (and once without any), for each seed, at the same number of
 steps; prints the held-out bits per byte of each with its spread over the seeds, and the difference to the preset seed
-by seed. Two runs at a time with a thread each: losses are compared here, not seconds. Runs that OUT.json holds
-already are not done again.
+by seed. OPTIONS may begin with --variant NAME, one of bench/variants.py. Two runs at a time with a thread each: losses
+are compared here, not seconds. Runs that OUT.json holds already are not done again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ sys.path.insert(0, str(ROOT))
 def run(preset: str, steps: int, seed: int, options: str) -> float:
     """Held-out bits per byte over all datasets after so many steps."""
     with tempfile.TemporaryDirectory() as folder:
+        words = shlex.split(options)
+        script = ["train.py"]
+        if words[:1] == ["--variant"]:
+            script, words = ["bench/variants.py", words[1]], words[2:]
         command = [
-            sys.executable, str(ROOT / "train.py"), "--preset", preset, "--train.max_steps", str(steps),
+            sys.executable, str(ROOT / script[0]), *script[1:], "--preset", preset, "--train.max_steps", str(steps),
             "--train.seed", str(seed), "--data.seed", str(seed + 1), "--train.out_dir", folder, "--train.run_name", "x",
-            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *shlex.split(options),
+            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *words,
         ]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
