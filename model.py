@@ -28,13 +28,6 @@ class Linear(nn.Linear):
     def __init__(self, width_in: int, width_out: int):
         super().__init__(width_in, width_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Decoding one text on a CPU is bound by reading the weights: torch reads them at 90% of the memory's speed
-        # for a product with a vector, and at 60% for one with a matrix of a single row (bf16, one thread).
-        if x.numel() == self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return torch.mv(self.weight.to(x.dtype), x.flatten()).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight)
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
