@@ -51,10 +51,8 @@ class DecodeStep:
         ]  # fmt: skip
         # Scale of the normed queries and keys of all layers, (layers, H + G, K), to be joined with the rotation:
         # rotate(w x) = (w cos) x + (w' sin') x', where ' swaps the halves of the channels.
-        scales = [
-            torch.cat((b.attention.q_norm.weight.expand(c.n_heads, -1), b.attention.k_norm.weight.expand(c.n_kv_heads, -1)))
-            for b in blocks
-        ]  # fmt: skip
+        norms = [(b.attention.q_norm.weight, b.attention.k_norm.weight) for b in blocks]
+        scales = [torch.cat((q.expand(c.n_heads, -1), k.expand(c.n_kv_heads, -1))) for q, k in norms]
         self._scales = torch.stack(scales).to(dtype)
         self._swapped_scales = self._scales.roll(c.head_dim // 2, dims=-1)
         self._cos = torch.cat((model.cos, model.cos), dim=1).to(dtype)  # (max_length, K)

@@ -53,6 +53,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from bench.context import context
+    from files import write_json
 
     changes = {"as it is": ""} | {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
     key = f"{arguments.preset}, {arguments.steps} steps"
@@ -69,8 +70,7 @@ def main() -> int:
         name, seed = job
         table[name]["bits_per_byte"][str(seed)] = run(arguments.preset, arguments.steps, seed, changes[name])
         print(f"{name}, seed {seed}: {table[name]['bits_per_byte'][str(seed)]:.4f}", flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.out, results)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(do, todo))

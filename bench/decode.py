@@ -10,7 +10,6 @@ rounds. Writes results/bench/decode.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from bench.context import context
 from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import DecodeStep
+from files import write_json
 from model import GPT
 from sampling import generate_ids
 from tokenizer import Tokenizer, load_tiktoken
@@ -115,8 +115,7 @@ def main() -> int:
         print()
         results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
     out = ROOT / "results" / "bench" / "decode.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     return 0
 
 
