@@ -62,6 +62,7 @@ def train(config: Config) -> int:
 
     from checkpoint import (
         check_same_run,
+        gather_tensors,
         load_tokenizer,
         load_training_state,
         newest_checkpoint,
@@ -228,13 +229,14 @@ def train(config: Config) -> int:
     def save() -> None:
         """A checkpoint of this step by the main process, with every process's data position."""
         positions = gather_object([position])
+        tensors = gather_tensors(model, optimizers, keep=is_main)
         if is_main:
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
                 "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
                 "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "data": data_state,
             }  # fmt: skip
-            path = save_checkpoint(run_dir, step, model, optimizers, state, config, tokenizer, val_loss)
+            path = save_checkpoint(run_dir, step, tensors, state, config, tokenizer, val_loss)
             write_status(run_dir, "running", step)
             say(f"  saved    {path}")
         accelerator.wait_for_everyone()
