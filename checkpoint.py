@@ -403,7 +403,7 @@ _FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 # accumulation may be traded for each other or for devices: train.py checks their product.)
 _FREE_TRAINING_FIELDS = {
     "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "precision", "compile",
-    "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints",
+    "fsdp", "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints",
 }  # fmt: skip
 
 
