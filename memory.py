@@ -46,14 +46,18 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
-def training_memory(config: Config, rows: int) -> TrainingMemory:
+def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemory:
     """Follow the allocations of a step with so many rows in a micro-batch, without computing anything.
 
-    Products are in bf16, weights and all state in fp32.
+    Products are in bf16, weights and all state in fp32. devices: among which train.fsdp divides all but activations.
     """
     one, two = _traced(config, rows, n_layers=1), _traced(config, rows, n_layers=2)
     more = config.model.n_layers - 2  # and each takes as much as the second
-    return TrainingMemory(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
+    whole = TrainingMemory(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
+    n = devices if config.train.fsdp else 1
+    return TrainingMemory(
+        whole.weights // n, whole.gradients // n, whole.optimizer // n, whole.activations, whole.update // n
+    )
 
 
 def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
@@ -139,19 +143,19 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def fitting_batch_size(config: Config, rows: int, usable: int) -> int:
-    """The largest micro-batch whose training takes at most so many bytes and that divides so many rows.
+def fitting_batch_size(config: Config, rows: int, usable: int, devices: int = 1) -> int:
+    """The largest micro-batch whose training takes at most so many bytes of a device and that divides so many rows.
 
     Raises ConfigError when a single row is too much.
     """
     length = config.model.max_length
     most = max(1, MOST_TOKENS // length)
     divisors = [n for n in range(1, min(rows, most) + 1) if rows % n == 0]
-    n_fitting = bisect.bisect_right(divisors, usable, key=lambda n: training_memory(config, n).total)
+    n_fitting = bisect.bisect_right(divisors, usable, key=lambda n: training_memory(config, n, devices).total)
     if n_fitting == 0:
         help_of_it = "" if config.train.activation_checkpointing else ", or --train.activation_checkpointing"
         raise ConfigError(
-            f"training on one row of {length} tokens takes {training_memory(config, 1).total / 2**30:.2f} GB, and "
-            f"{usable / 2**30:.2f} GB can be used; use a smaller model or context{help_of_it}"
+            f"training on one row of {length} tokens takes {training_memory(config, 1, devices).total / 2**30:.2f} GB, "
+            f"and {usable / 2**30:.2f} GB can be used; use a smaller model or context{help_of_it}"
         )
     return divisors[n_fitting - 1]

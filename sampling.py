@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from decoding import DecodeStep
 from errors import UserError
 from model import GPT, KVCache
 from tokenizer import Tokenizer
+
+Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
 
 
 class NonFiniteError(UserError):
@@ -75,13 +77,13 @@ def generate_ids(
     tokenizer: Tokenizer,
     config: GenerationConfig,
     use_cache: bool = True,
-    decode: DecodeStep | None = None,
+    decode: Decode | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next id of each of config.num_samples texts, token by token; end-of-text fills those that ended.
 
     prompt: ids, at least one. The prompt is read once and shared by the samples. The same seed gives the same
     ids on the same device. use_cache=False recomputes everything for each token: the reference for the cache.
-    decode: the model prepared otherwise than by default, such as in int8.
+    decode: gives the logits of one more token, if not a DecodeStep with the weights as they are.
     """
     decode = decode or DecodeStep(model)
     c, device = model.config, model.device
@@ -122,10 +124,17 @@ def generate_ids(
             return
 
 
-def generate_text(model: GPT, prompt: str, tokenizer: Tokenizer, config: GenerationConfig) -> list[str]:
+def by_module(model: GPT) -> Decode:
+    """The model itself as the decode step: when its weights are there only while it runs, as under FSDP."""
+    return lambda ids, cache: model(ids[:, None], cache=cache)[:, -1]
+
+
+def generate_text(
+    model: GPT, prompt: str, tokenizer: Tokenizer, config: GenerationConfig, decode: Decode | None = None
+) -> list[str]:
     """The continuations of a prompt, config.num_samples of them, without the prompt."""
     texts: list[list[int]] = [[] for _ in range(config.num_samples)]
-    for step in generate_ids(model, encode_prompt(prompt, tokenizer), tokenizer, config):
+    for step in generate_ids(model, encode_prompt(prompt, tokenizer), tokenizer, config, decode=decode):
         for text, token_id in zip(texts, step, strict=True):
             text.append(token_id)
     return [tokenizer.decode(i for i in text if i != tokenizer.eot_id) for text in texts]
