@@ -30,30 +30,41 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
     repetition penalty, temperature, top-k, top-p, min-p. temperature 0 gives all to the likeliest token.
     Raises NonFiniteError when a row holds NaN or +inf, or nothing but -inf.
     """
-    logits = logits.float()
-    if not torch.isfinite(logits.amax(dim=1)).all():  # -inf for single tokens is allowed
-        raise NonFiniteError("the model's logits are not finite, so the checkpoint is broken; use an earlier one")
-    if config.repetition_penalty != 1 and seen is not None and seen.size(1) > 0:
-        # Dividing a negative logit would make its token likelier: multiply instead (arXiv:1909.05858).
-        old = logits.gather(1, seen)
-        penalised = torch.where(old > 0, old / config.repetition_penalty, old * config.repetition_penalty)
-        logits = logits.scatter(1, seen, penalised)
+    shape = logits.shape
+    logits = penalised(logits.float(), config, seen)
     if config.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
     logits = (logits - logits.amax(dim=1, keepdim=True)) / config.temperature  # so that no division overflows
+    order = None
     if 0 < config.top_k < logits.size(1):
         weakest = logits.topk(config.top_k, dim=1).values[:, -1:]
+        n = int((logits >= weakest).sum(dim=1).max())  # more than k where several are as likely as the k-th
+        logits, order = logits.topk(n, dim=1)  # what follows has these few to work on
         logits = logits.masked_fill(logits < weakest, -torch.inf)
+    elif config.top_p < 1:
+        logits, order = logits.sort(dim=1, descending=True, stable=True)
     if config.top_p < 1:
-        descending, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        p = logits.softmax(dim=1)
         # A token stays while those likelier than it have not reached top_p: so the first always stays.
-        beyond = descending.cumsum(dim=1) - descending >= config.top_p
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
-    probabilities = logits.softmax(dim=1)
+        logits = logits.masked_fill(p.cumsum(dim=1) - p >= config.top_p, -torch.inf)
+    p = logits.softmax(dim=1)
     if config.min_p > 0:
-        probabilities = probabilities * (probabilities >= config.min_p * probabilities.amax(dim=1, keepdim=True))
-        probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
-    return probabilities
+        p = p * (p >= config.min_p * p.amax(dim=1, keepdim=True))
+        p = p / p.sum(dim=1, keepdim=True)
+    return p if order is None else p.new_zeros(shape).scatter_(1, order, p)
+
+
+def penalised(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> Tensor:
+    """logits (B, V) with the repetition penalty for the ids seen (B, n). Raises NonFiniteError."""
+    if not torch.isfinite(logits.amax(dim=1)).all():  # -inf for single tokens is allowed
+        raise NonFiniteError("the model's logits are not finite, so the checkpoint is broken; use an earlier one")
+    if config.repetition_penalty == 1 or seen is None or seen.size(1) == 0:
+        return logits
+    # Dividing a negative logit would make its token likelier: multiply instead (arXiv:1909.05858).
+    old = logits.gather(1, seen)
+    return logits.scatter(
+        1, seen, torch.where(old > 0, old / config.repetition_penalty, old * config.repetition_penalty)
+    )
 
 
 def fit_context(length: int, max_length: int, prompt_length: int = 1) -> int:
@@ -111,11 +122,10 @@ def generate_ids(
             logits = model(ids[:, -window:], cache=cache, last_only=True)[:, -1]
         # Rows of the embedding beyond the tokenizer's entries are padding; they are never sampled.
         known = logits[:, : tokenizer.n_vocab].masked_fill(without_text, -torch.inf)
-        probabilities = next_token_probabilities(known, config, ids)
         if config.temperature == 0:
-            drawn = probabilities.argmax(dim=1)
+            drawn = penalised(known.float(), config, ids).argmax(dim=1)
         else:
-            drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            drawn = torch.multinomial(next_token_probabilities(known, config, ids), 1, generator=generator).squeeze(1)
         drawn = torch.where(ended, tokenizer.eot_id, drawn)
         ended = ended | (drawn == tokenizer.eot_id)
         ids = torch.cat((ids, drawn[:, None]), dim=1)
