@@ -18,7 +18,7 @@ from errors import ConfigError
 from model import GPT, Block, KVCache
 
 Product = Callable[[Tensor], Tensor]  # x (B, inputs) -> x W^T (B, outputs)
-SMALL = 2**20  # weights in a matrix that a CPU multiplies faster in fp32: from its caches, starting takes longest
+SMALL = 2**19  # weights in a matrix that a CPU multiplies faster in fp32: from its caches, starting takes longest
 
 
 class DecodeStep:
