@@ -9,6 +9,7 @@ Shapes: B batch, T time, H heads, G key/value heads (G divides H), K head_dim, D
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -18,7 +19,11 @@ from torch import Tensor, nn
 
 from config import GPTConfig
 
-ROWS_OF_LOGITS = 1024  # computed at once in training
+# Rows whose logits are computed at once in training. A CPU wants few, for its caches. A GPU wants more: the product of
+# their gradient with the head has too small a result to fill it, and compiled code keeps each piece's gradient of the
+# head (V, D) to the end, so that memory is least at about sqrt(N D) rows. In fp16 more rows could sum to a gradient
+# beyond 65,504, its largest number: a row adds up to sqrt(D) to a channel.
+ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA = 1024, 4096
 
 
 class Linear(nn.Linear):
@@ -44,7 +49,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        # Autocast on CUDA would return fp32, and all that follows, up to the next product, would be twice as large.
+        with torch.autocast("cuda", enabled=False) if x.device.type == "cuda" else contextlib.nullcontext():
+            return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
 
 
 def rotary_tables(head_dim: int, length: int, base: float) -> tuple[Tensor, Tensor]:
@@ -115,14 +122,15 @@ class HeadLoss(torch.autograd.Function):
         """x (N, D) and weight (V, D) of one dtype, targets (N,), -1 does not count -> nats, an fp32 scalar."""
         nats = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, x.size(0), ROWS_OF_LOGITS):
-            piece, target = x[start : start + ROWS_OF_LOGITS], targets[start : start + ROWS_OF_LOGITS, None]
+        rows = ROWS_OF_LOGITS_ON_CUDA if x.is_cuda and x.dtype != torch.float16 else ROWS_OF_LOGITS
+        for start in range(0, x.size(0), rows):
+            piece, target = x[start : start + rows], targets[start : start + rows, None]
             log_p = (piece @ weight.mT).float().log_softmax(dim=1)  # (n, V)
             counts = target >= 0
             nats -= (log_p.gather(1, target.clamp(min=0)) * counts).sum()
             is_target = torch.arange(weight.size(0), device=x.device) == target
             grad_logits = ((log_p.exp() - is_target.float()) * counts).to(x.dtype)
-            grad_x[start : start + ROWS_OF_LOGITS] = grad_logits @ weight
+            grad_x[start : start + rows] = grad_logits @ weight
             grad_weight += grad_logits.mT @ piece
         ctx.save_for_backward(grad_x, grad_weight)
         return nats
@@ -205,7 +213,8 @@ class MLP(nn.Module):
         if self.gated:
             gate, up = self.w_up(x).chunk(2, dim=-1)  # (B, T, F) each
             return self.w_down(F.silu(gate) * up)
-        return self.w_down(F.relu(self.w_up(x)).square())
+        up = F.relu(self.w_up(x))
+        return self.w_down(up * up)  # not .square(): autocast on CUDA would return fp32
 
 
 class Block(nn.Module):
@@ -281,8 +290,10 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens exceed the model's context of {self.config.max_length}")
         cos, sin = self.cos[start : start + T], self.sin[start : start + T]
         x = self.embedding(ids)  # (B, T, D)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in the products' dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        products = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if products != torch.float16:  # the residual stream is a sum that may pass the largest fp16, 65,504
+            x = x.to(products)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache, layer)
         if cache is not None:
@@ -293,7 +304,7 @@ class GPT(nn.Module):
         if targets is None:
             logits: Tensor = self.head(x)
             return logits
-        return HeadLoss.apply(x.flatten(0, 1), self.head.weight.to(x.dtype), targets.flatten())
+        return HeadLoss.apply(x.flatten(0, 1).to(products), self.head.weight.to(products), targets.flatten())
 
     @property
     def device(self) -> torch.device:
