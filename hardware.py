@@ -124,9 +124,9 @@ def why_not_compile(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "the GPU is older than Volta"
     if device.type == "cuda":  # Triton builds a small C module that launches its kernels
-        language, compilers = "C", (os.environ.get("CC", "gcc"), "gcc", "clang")
+        language, compilers = "C", [os.environ.get("CC", "gcc"), "gcc", "clang"]
     else:
-        language, compilers = "C++", (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+        language, compilers = "C++", [os.environ.get("CXX", "g++"), "g++", "clang++", "c++"]
     if not any(map(shutil.which, compilers)):
         return f"no {language} compiler found"
     headers = (sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"))
