@@ -119,9 +119,13 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x (N, D) and weight (V, D) of one dtype, targets (N,), -1 does not count -> nats, an fp32 scalar."""
+        """x (N, D), weight (V, D), targets (N,), -1 does not count -> nats, an fp32 scalar.
+
+        The products are in x's dtype, the sums over the pieces in fp32: with an fp32 weight, nothing rounds its gradient.
+        """
         nats = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        weight = weight.to(x.dtype)
         rows = ROWS_OF_LOGITS_ON_CUDA if x.is_cuda and x.dtype != torch.float16 else ROWS_OF_LOGITS
         for start in range(0, x.size(0), rows):
             piece, target = x[start : start + rows], targets[start : start + rows, None]
@@ -304,7 +308,7 @@ class GPT(nn.Module):
         if targets is None:
             logits: Tensor = self.head(x)
             return logits
-        return HeadLoss.apply(x.flatten(0, 1).to(products), self.head.weight.to(products), targets.flatten())
+        return HeadLoss.apply(x.flatten(0, 1).to(products), self.head.weight, targets.flatten())
 
     @property
     def device(self) -> torch.device:
