@@ -194,13 +194,15 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)  # (B, G, S, K), S = seen + T
             if cache.seen > 0 and T > 1:  # query t may look at keys up to seen + t
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.seen)
-        if cache is None and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512:
-            if G != H:
-                k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+        in_blocks = cache is None and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512
+        # Of CUDA's kernels for many queries only flash attention takes shared keys; without bf16 there may be none.
+        if G != H and (in_blocks or (q.is_cuda and q.dtype != torch.bfloat16 and T > 1)):
+            k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+        if in_blocks:
             y = BlockAttention.apply(q, k, v)
         else:
-            is_causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=G != H)
+            causal, shared = mask is None and T > 1, k.size(1) != H
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
         return self.wo(y.transpose(1, 2).reshape(B, T, H * K))
 
 
