@@ -50,7 +50,7 @@ def choose_precision(device: torch.device, wanted: str) -> str:
 
     Weights and optimizer state are fp32 in any case; this is the format of the matrix products. auto is bf16
     where the hardware multiplies in it, fp16 (with a scaled loss) on older CUDA cards, fp32 otherwise. tf32 is fp32
-    whose products round their inputs to mantissas of 10 bits: half the speed of bf16 instead of a sixteenth.
+    whose products round their inputs to mantissas of 10 bits: half the speed of bf16; fp32 may have a sixteenth.
     Raises ConfigError for a format that the device lacks.
     """
     bf16 = _has_bf16(device)

@@ -121,7 +121,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """x (N, D), weight (V, D), targets (N,), -1 does not count -> nats, an fp32 scalar.
 
-        The products are in x's dtype, the sums over the pieces in fp32: with an fp32 weight, nothing rounds its gradient.
+        The products are in x's dtype and the sums over the pieces in fp32, so nothing rounds an fp32 weight's gradient.
         """
         nats = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)

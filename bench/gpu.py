@@ -193,9 +193,11 @@ def measure_card(box: Box) -> None:
     found["memory GB/s"] = box.bandwidth / 1e9
     host = torch.empty(block.numel() // 4, dtype=torch.uint8, pin_memory=box.device.type == "cuda")
     found["from the host GB/s"] = host.numel() / box.seconds(lambda: copy[: host.numel()].copy_(host)) / 1e9
-    print(f"{'ceilings':<34} " + ", ".join(f"{name} {value:,.0f}" for name, value in found.items()))
+    products = ", ".join(f"{name.split()[0]} {value:,.0f}" for name, value in found.items() if "TFLOP" in name)
+    speeds = f"memory {found['memory GB/s']:,.0f}, from the host {found['from the host GB/s']:,.0f}"
+    print(f"{'ceilings':<26} TFLOP/s: {products}; GB/s: {speeds}")
     if box.peak:
-        print(f"{'':<34} {box.gemm / box.peak:.0%} of the data sheet's {box.peak / 1e12:,.0f} TFLOP/s")
+        print(f"{'':<26} {box.gemm / box.peak:.0%} of the data sheet's {box.peak / 1e12:,.0f} TFLOP/s")
     for name, value in found.items():
         box.record("ceilings", name, round(value, 3))
 
@@ -223,9 +225,9 @@ def measure_training(box: Box, preset: str, compiled: bool, rows: int | None = N
     found |= {k: round(speed * found["FLOPs per token"] / peak, 4) for k, peak in shares.items() if peak}
     box.record("training", name, found)
     updates = " ".join(f"{k} {v:.1f}" for k, v in found["update ms"].items())
-    share = f"{found['MFU']:4.0%} MFU" if box.peak else f"{speed * found['FLOPs per token'] / box.gemm:4.0%} of mm"
-    memory = f"{found['peak memory GB'] or '-':>5} GB"
-    print(f"{name:<34} {micro * 1e3:7.1f} ms {speed / 1e3:7,.1f}k tok/s {share} {memory}, {updates}")
+    share = f"{found['MFU']:.0%} MFU" if box.peak else f"{speed * found['FLOPs per token'] / box.gemm:.0%} of mm"
+    memory = f"{found['peak memory GB'] or '-'} GB"
+    print(f"{name:<26} {micro * 1e3:7.1f} ms {speed / 1e3:8,.1f}k tok/s {share:>9} {memory:>8} | {updates}")
 
 
 def training_speed(box: Box, config: Config, rows: int, compiled: bool) -> dict[str, Any]:
@@ -263,7 +265,7 @@ def training_speed(box: Box, config: Config, rows: int, compiled: bool) -> dict[
 
 
 def note(box: Box, part: str, name: str, text: str) -> None:
-    print(f"{name:<34} {text}"[:100])
+    print(f"{name:<26} {text}"[:100])
     box.record(part, name, text)
 
 
@@ -297,7 +299,7 @@ def measure_attention(box: Box, preset: str) -> None:
     times = " ".join(
         f"{k.name.split('_')[0].lower()} {found[k.name]['ms']:.2f}" for k in kernels if isinstance(found[k.name], dict)
     )
-    print(f"{f'attention of {preset}':<34} {found['chosen']} is chosen; ms: {times}"[:100])
+    print(f"{f'attention of {preset}':<26} {found['chosen']} is chosen; ms: {times}"[:100])
     box.record("attention", preset, found)
 
 
@@ -322,9 +324,9 @@ def measure_decoding(box: Box, preset: str) -> None:
         found[f"{samples} at a time, tokens/s"] = round(samples * written / seconds, 1)
         if samples == 1:  # reading the weights is what takes the time, at best
             found["of the memory's speed"] = round(written / seconds * n_bytes / box.bandwidth, 4)
-    memory = found["of the memory's speed"]
-    speeds = ", ".join(f"{name} {value:,.0f}" for name, value in found.items() if "tokens/s" in name)
-    print(f"{f'decoding with {preset}':<34} {speeds}; {memory:.0%} of the memory")
+    one, many = found["1 at a time, tokens/s"], found["16 at a time, tokens/s"]
+    memory = format(found["of the memory's speed"], ".0%")
+    print(f"{f'decoding with {preset}':<26} {one:,.0f} tok/s ({memory} of the memory's speed), 16 texts {many:,.0f}")
     box.record("decoding", preset, found)
 
 
@@ -364,7 +366,7 @@ def measure_train_py(box: Box, processes: int) -> None:
     if processes > 1 and isinstance(alone, dict):
         found["share of so many times one"] = round(found["tokens/s"] / alone["tokens/s"] / processes, 4)
         text += f", {found['share of so many times one']:.0%} of {processes} x one"
-    print(f"{name:<34} {text}")
+    print(f"{name:<26} {text}")
     box.record("train.py", name, found)
 
 

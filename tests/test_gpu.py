@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optim
 from config import PRESETS, GPTConfig, TrainingConfig
 from errors import ConfigError
-from hardware import allow_tf32, best_dtype, choose_precision, default_device, peak_flops, why_not_compile
+from hardware import PEAK_TFLOPS, allow_tf32, best_dtype, choose_precision, default_device, peak_flops, why_not_compile
 from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, BlockAttention, HeadLoss, KVCache
 from optim import build_optimizers, orthogonalize
 from train import to_device
@@ -621,3 +621,67 @@ def test_a_micro_batch_goes_to_a_card_from_pinned_memory_without_waiting(monkeyp
     monkeypatch.setattr(Tensor, "to", to)
     to_device(np.zeros((2, 3), dtype=np.int64)[:, ::2], CUDA)
     assert done == ["pinned", (CUDA, {"non_blocking": True})]
+
+
+# ---- bench/gpu.py and docs/gpu.md ------------------------------------------------------------------------
+
+
+def bench(*options: str, code: int = 0) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), *options],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_the_benchmark_of_a_box_can_be_rehearsed_whole_without_a_gpu(tmp_path: Path):
+    out, _ = bench("--rehearse", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert "failed" not in results
+    assert set(results) == {"context", "ceilings", "training", "attention", "decoding", "train.py"}
+    assert "not a measurement" in results["context"]["card"]
+    assert len(results["training"]) == 5
+    for speeds in (*results["training"].values(), *results["train.py"].values()):
+        assert speeds["tokens/s"] > 0
+    assert all(set(speeds["update ms"]) == {"muon", "adamw"} for speeds in results["training"].values())
+    assert results["train.py"]["train.py on 2 processes"]["share of so many times one"] > 0
+    assert max(map(len, out.splitlines()[:-1])) <= 100  # the last one names the file
+
+
+def test_the_benchmark_without_a_gpu_is_one_line_and_exit_code_2():
+    out, err = bench(code=2)
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "--rehearse" in err
+
+
+def test_the_benchmark_stops_when_its_minutes_are_over_and_keeps_what_it_has(tmp_path: Path):
+    out, _ = bench("--rehearse", "--minutes", "0.01", "--out", str(tmp_path))
+    assert "0.01 minutes are over" in out
+    results = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert set(results["failed"]) == {"the rest"}
+    assert "context" in results
+
+
+def test_what_docs_gpu_md_expects_is_what_the_code_computes():
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    table, _ = bench("--expect")
+    assert table in text
+    flops = []
+    for preset in ("fineweb", "gpt2"):
+        with torch.device("meta"):
+            flops.append(GPT(PRESETS[preset].model.resolved(50257)).flops_per_token())
+        assert f"{flops[-1] / 1e6:.0f} million for {preset}" in text
+    share = re.search(r"at (\d+)% of the data sheet's peak", text)
+    assert share
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(rows) > 8
+    for card, _, fineweb, _, gpt2, _ in rows:
+        for speed, n in ((fineweb, flops[0]), (gpt2, flops[1])):
+            tokens = float(speed.replace(",", "").rstrip("k")) * 1e3
+            assert tokens * n / 1e12 == pytest.approx(int(share[1]) / 100 * PEAK_TFLOPS[card], rel=0.02)
+    assert f"pieces of {ROWS_OF_LOGITS_ON_CUDA:,} rows (fp16: {ROWS_OF_LOGITS:,})" in text
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / "docs" / link).exists(), link
