@@ -13,7 +13,6 @@ that goes away leaves what was measured.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import os
@@ -332,7 +331,7 @@ def measure_decoding(box: Box, preset: str) -> None:
 
 def measure_train_py(box: Box, processes: int) -> None:
     """train.py on so many GPUs: the data, accelerate, NCCL, validation and a checkpoint as in a run of one's own."""
-    name = f"train.py on {processes} {'processes' if box.rehearse else 'GPUs'}"
+    name = f"train.py on {processes} x {'CPU' if box.rehearse else 'GPU'}"
     box.forget_peak_memory()  # for it needs the card to itself
     options = {
         "preset": "smoke" if box.rehearse else "fineweb", "data.current_datasets": "SOTU WIKI",
@@ -371,7 +370,7 @@ def measure_train_py(box: Box, processes: int) -> None:
 
 
 def run(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
-    """Exit code and output. If it takes longer, or we are to stop, all of its processes are ended: torchrun's too."""
+    """Exit code and output. If it takes longer, or we are to stop, it is asked to end: torchrun ends its processes."""
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -379,9 +378,11 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
         output, _ = process.communicate(timeout=max(1.0, seconds))
         return process.returncode, output
     except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        try:
+            process.communicate(timeout=45)
+        except subprocess.TimeoutExpired:
+            process.kill()
         if isinstance(error, subprocess.TimeoutExpired):
             raise TimeIsUp from None
         raise
@@ -389,10 +390,11 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
 
 def measure(box: Box) -> None:
     print(f"{box.name}: {box.cards} x {box.results['context']['card']}, {box.precision}"[:100])
+    presets = ("fineweb", "gpt2")[: 1 if box.rehearse else 2]  # in a rehearsal both would be smoke
     parts: list[Callable[[], None]] = [lambda: measure_card(box)]
-    parts += [lambda c=c, p=p: measure_training(box, p, c) for c in (True, False) for p in ("fineweb", "gpt2")]
-    parts += [lambda p=p: measure_attention(box, p) for p in ("fineweb", "gpt2")]
-    parts += [lambda p=p: measure_decoding(box, p) for p in ("gpt2", "fineweb")]
+    parts += [lambda c=c, p=p: measure_training(box, p, c) for c in (True, False) for p in presets]
+    parts += [lambda p=p: measure_attention(box, p) for p in presets]
+    parts += [lambda p=p: measure_decoding(box, p) for p in presets]
     counts = (1, 2) if box.rehearse else sorted({1, max(n for n in (1, 2, 4, 8, 16) if n <= box.cards)})
     parts += [lambda n=n: measure_train_py(box, n) for n in counts]
     sizes = [("fineweb", 64), ("gpt2", 16), ("gpt2", 64), ("fineweb", 16)]
