@@ -97,8 +97,7 @@ def open_run(run_dir: Path) -> IO[str]:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: GPT,
-    optimizers: list[torch.optim.Optimizer],
+    tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     config: Config,
     tokenizer: Tokenizer,
@@ -106,16 +105,16 @@ def save_checkpoint(
 ) -> Path:
     """Write step-NNNNNNNN and return it; then remove checkpoints that train.keep_checkpoints no longer keeps.
 
-    state: whatever else a resume needs (data position, tokens seen), as JSON. Raises DiskError when there is
-    no room; what was there before is untouched then.
+    tensors: from gather_tensors. state: whatever else a resume needs (data position, tokens seen), as JSON.
+    Raises DiskError when there is no room; what was there before is untouched then.
     """
     final = run_dir / f"step-{step:08d}"
     temporary = run_dir / f"{PARTIAL}step-{step:08d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_file(_model_tensors(model), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
+        for name, content in tensors.items():
+            save_file(content, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", state, indent=None)
         write_json(temporary / "config.json", config.to_dict())
         write_json(temporary / "tokenizer.json", tokenizer.to_dict(), indent=None)
@@ -161,23 +160,31 @@ def write_failure(run_dir: Path, message: str, exit_code: int) -> None:
         pass  # the error itself, perhaps of this very disk, is what the person should see
 
 
-def _model_tensors(model: GPT) -> dict[str, Tensor]:
-    """Weights by name, fp32 on the CPU; a tied head is stored once, as the embedding."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del tensors["head.weight"]
-    return tensors
+def gather_tensors(model: GPT, optimizers: Iterable[torch.optim.Optimizer], keep: bool) -> dict[str, dict[str, Tensor]]:
+    """The contents of model.safetensors and optimizer.safetensors, fp32 on the CPU.
 
+    model: weights by name; a tied head is stored once, as the embedding.
+    optimizer: by "parameter name/state name", such as "embedding.weight/exp_avg".
+    Under FSDP each process holds some rows of every tensor, so all call this together, and one tensor at a time is
+    made whole. keep: whether this process wants them.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
 
-def _optimizer_tensors(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Optimizer state as "parameter name/state name", such as "embedding.weight/exp_avg"."""
+    def add(file: str, name: str, tensor: Tensor) -> None:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if keep:
+            tensors[file][name] = whole.detach().cpu().contiguous()
+
+    # state_dict() first: FSDP then puts the divided parameters back, where validation left gathered ones.
+    for name, weight in model.state_dict().items():
+        if name != "head.weight" or not model.config.tie_embeddings:
+            add("model", name, weight)
     name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{name_of[parameter]}/{key}": value.detach().cpu().contiguous().clone()
-        for optimizer in optimizers
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                add("optimizer", f"{name_of[parameter]}/{key}", value)
+    return tensors
 
 
 def _remove_old(run_dir: Path, keep: int) -> None:
@@ -337,7 +344,8 @@ def load_weights(model: GPT, path: Path) -> None:
     try:
         if model.config.tie_embeddings:
             tensors["head.weight"] = tensors["embedding.weight"]
-        model.load_state_dict(tensors)
+        own = model.state_dict()
+        model.load_state_dict({name: _divided_like(own.get(name), tensor) for name, tensor in tensors.items()})
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path} holds other weights than its config.json says ({error})") from None
 
@@ -360,7 +368,17 @@ def load_training_state(path: Path, model: GPT, optimizers: Iterable[torch.optim
             if id(parameter_of[name]) in owned:
                 # Counters such as AdamW's "step" stay where the optimizer wants them: on the device when fused.
                 parameter = parameter_of[name]
-                optimizer.state[parameter][state_name] = tensor.to(parameter.device)
+                state = tensor.to(parameter.device)
+                optimizer.state[parameter][state_name] = _divided_like(parameter, state) if state.dim() else state
+
+
+def _divided_like(parameter: Any, whole: Tensor) -> Tensor:
+    """This process's part of a tensor if FSDP divided the parameter it is for; otherwise all of it."""
+    if not hasattr(parameter, "placements"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor  # half a second that only FSDP has to wait
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def check_same_run(path: Path, config: Config) -> None:
@@ -384,7 +402,8 @@ _FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 # What may change between a run and its continuation without changing what is learned. (Batch size and
 # accumulation may be traded for each other or for devices: train.py checks their product.)
 _FREE_TRAINING_FIELDS = {
-    "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "precision", "compile",
+    "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "fit_memory", "activation_checkpointing",
+    "max_steps", "epochs", "precision", "compile", "fsdp",
     "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints",
 }  # fmt: skip
 

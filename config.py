@@ -188,8 +188,10 @@ class GPTConfig:
 class TrainingConfig:
     run_name: str = "fineweb"  # the run's folder is out_dir/run_name
     out_dir: str = "checkpoints"  # where runs are kept
-    batch_size: int = 32  # rows of max_length tokens per device and micro-step
+    batch_size: int = 32  # rows of max_length tokens per device and micro-step; auto: see fit_memory
     gradient_accumulation_steps: int = 4  # micro-steps per optimizer step; batch = batch_size x this x devices
+    fit_memory: bool = False  # choose the largest batch_size that fits the memory; batch_size x accumulation stays
+    activation_checkpointing: bool = False  # keep only each block's input and compute the rest again: less memory
     epochs: int = 3  # end the run after this many passes over the datasets; used when max_steps is 0
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
@@ -202,6 +204,7 @@ class TrainingConfig:
     final_lr_fraction: float = 0.05  # learning rate at the end, as a share of its peak
     max_grad_norm: float = 1.0  # clip the global gradient norm to this; 0: never
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"  # auto: the fastest safe one of the hardware
+    fsdp: bool = False  # divide weights, gradients and optimizer state among the devices: for a model too large for one
     compile: bool = True  # whether to torch.compile the model: faster after a minute; on a CPU with a C++ compiler
     seed: int = 1337  # initial weights
     log_every: int = 10  # optimizer steps between log lines
@@ -420,6 +423,10 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
                 _require(i + 1 < len(arguments), f"--preset needs a name: {', '.join(PRESETS)}")
                 preset = arguments[i + 1]
             del arguments[i : i + (1 if equals else 2)]
+            break
+    for i, argument in enumerate(arguments):  # the number itself stays: with the accumulation it is the batch
+        if argument == "--train.batch_size=auto" or arguments[i : i + 2] == ["--train.batch_size", "auto"]:
+            arguments[i : i + (1 if "=" in argument else 2)] = ["--train.fit_memory"]
             break
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")

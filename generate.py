@@ -22,6 +22,7 @@ class Arguments(GenerationConfig):
     """
 
     checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
+    int8: bool = False  # weights rounded to 8 bits: about twice as fast on a CPU
     prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
 
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch  # after parsing: --help and mistakes are answered at once
 
     from checkpoint import load_model
+    from decoding import DecodeStep
     from hardware import best_dtype, default_device
     from sampling import TextStream, encode_prompt, generate_ids
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the prompt has {len(ids)} tokens; the model sees its last {model.config.max_length}", file=sys.stderr)
 
     with torch.inference_mode():
-        steps = generate_ids(model, ids, tokenizer, arguments)
+        steps = generate_ids(model, ids, tokenizer, arguments, decode=DecodeStep(model, arguments.int8))
         if arguments.num_samples == 1:  # show it as it grows
             print(prompt, end="", flush=True)
             stream = TextStream(tokenizer)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch import Tensor
 from config import TrainingConfig
 from hardware import best_dtype
 from model import GPT
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Polar Express (arXiv:2505.16932, Algorithm 1): the odd polynomials a x + b x^3 + c x^5 whose composition
 # takes singular values from [0.001, 1] closest to 1 in 5 steps. Each but the last is evaluated at x / 1.01,
@@ -59,12 +63,44 @@ def orthogonalize_together(x: Tensor) -> Tensor:
     return everyones[: x.size(0)]
 
 
+def orthogonalize_divided(x: Tensor, shape: torch.Size, rows: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
+    """Directions for n weights of one shape, of which FSDP gives each process some rows: x (n, our rows, columns).
+
+    The processes trade their rows of all for all rows of some, orthogonalise each matrix in those, and trade back, so
+    that none ever holds all (but on CPUs, where torch trades by gathering). rows: the matrices in a weight, as in Muon.
+    Returns x's shape in bf16, each matrix times its output_scale.
+    """
+    from torch.distributed.tensor import DTensor, Shard  # half a second that only FSDP has to wait
+
+    n, (height, width) = x.size(0), shape
+    stride = (height * width, width, 1)
+
+    def trade(x: Tensor, held: Shard, wanted: Shard) -> Tensor:
+        whole = DTensor.from_local(x, mesh, [held], shape=torch.Size((n, height, width)), stride=stride)
+        return whole.redistribute(placements=[wanted]).to_local()
+
+    ours = trade(x.bfloat16(), Shard(1), Shard(0))  # (our n, rows, columns)
+    directions = [orthogonalize(part) * output_scale(part.shape[1:]) for part in ours.split(rows, dim=1)]
+    return trade(torch.cat(directions, dim=1), Shard(0), Shard(1))
+
+
+def output_scale(shape: Sequence[int]) -> float:
+    """A tall matrix of orthonormal columns has small rows; this gives its outputs the same scale."""
+    return math.sqrt(max(1, shape[0] / shape[1]))
+
+
+def _held(x: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, but for FSDP."""
+    part: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return part
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     matrices: (weight, row counts): each run of so many rows of the weight is a matrix of its own, such as the
     queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together, and several
-    processes with the same gradients share the work.
+    processes share the work, with all of each weight in all of them or, under FSDP, some rows.
     lr: about the change of a matrix's output of unit scale per step. Decay is decoupled, per unit of lr.
     """
 
@@ -80,25 +116,31 @@ class Muon(torch.optim.Optimizer):
         with_grad = [(p, rows) for p, rows in zip(group["params"], self._rows, strict=True) if p.grad is not None]
         if not with_grad:
             return
-        weights = [p for p, _ in with_grad]
-        gradients = [p.grad for p in weights]
-        for p in weights:
+        for p, _ in with_grad:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum"] for p in weights]
+        mesh = getattr(with_grad[0][0], "device_mesh", None)  # FSDP: the processes that hold some rows of each weight
+        weights = [_held(p) for p, _ in with_grad]
+        gradients = [_held(p.grad) for p, _ in with_grad]
+        averages = [_held(self.state[p]["momentum"]) for p, _ in with_grad]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         looked_ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
 
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for (p, rows), update in zip(with_grad, looked_ahead, strict=True):
-            for part, direction in zip(p.split(rows), update.split(rows), strict=True):
-                by_shape[part.shape].append((part, direction))
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        for shape, parts in by_shape.items():
-            directions = orthogonalize_together(torch.stack([direction for _, direction in parts]))
-            # A tall matrix of orthonormal columns has small rows; this gives its outputs the same scale.
-            step = -group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-            torch._foreach_add_([part for part, _ in parts], list(directions.to(weights[0].dtype)), alpha=step)
+        by_shape: dict[tuple[torch.Size, tuple[int, ...]], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (p, rows), weight, update in zip(with_grad, weights, looked_ahead, strict=True):
+            if mesh:  # a process's rows need not end where a matrix does
+                by_shape[p.shape, rows].append((weight, update))
+            else:
+                for part, direction in zip(weight.split(rows), update.split(rows), strict=True):
+                    by_shape[part.shape, (len(part),)].append((part, direction))
+        for (shape, rows), parts in by_shape.items():
+            x = torch.stack([direction for _, direction in parts])
+            if mesh:
+                directions, step = orthogonalize_divided(x, shape, rows, mesh), -group["lr"]
+            else:
+                directions, step = orthogonalize_together(x), -group["lr"] * output_scale(shape)
+            torch._foreach_add_([part for part, _ in parts], list(directions.to(x.dtype)), alpha=step)
 
 
 def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:

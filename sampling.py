@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from config import GenerationConfig
+from decoding import DecodeStep
 from errors import UserError
 from model import GPT, KVCache
 from tokenizer import Tokenizer
+
+Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
 
 
 class NonFiniteError(UserError):
@@ -69,13 +72,20 @@ def fit_context(length: int, max_length: int, prompt_length: int = 1) -> int:
 
 @torch.inference_mode()
 def generate_ids(
-    model: GPT, prompt: list[int], tokenizer: Tokenizer, config: GenerationConfig, use_cache: bool = True
+    model: GPT,
+    prompt: list[int],
+    tokenizer: Tokenizer,
+    config: GenerationConfig,
+    use_cache: bool = True,
+    decode: Decode | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next id of each of config.num_samples texts, token by token; end-of-text fills those that ended.
 
     prompt: ids, at least one. The prompt is read once and shared by the samples. The same seed gives the same
     ids on the same device. use_cache=False recomputes everything for each token: the reference for the cache.
+    decode: gives the logits of one more token, if not a DecodeStep with the weights as they are.
     """
+    decode = decode or DecodeStep(model)
     c, device = model.config, model.device
     generator = torch.Generator(device).manual_seed(config.seed)
     ids = torch.tensor([prompt] * config.num_samples, device=device)  # (B, n)
@@ -88,19 +98,19 @@ def generate_ids(
     for _ in range(config.max_tokens):
         window = fit_context(ids.size(1), c.max_length, len(prompt))
         if not use_cache:
-            logits = model(ids[:, -window:], last_only=True)
+            logits = model(ids[:, -window:], last_only=True)[:, -1]
         elif cache is not None and cache.seen == window - 1:
-            logits = model(ids[:, -1:], cache=cache)
+            logits = decode(ids[:, -1], cache)
         elif cache is None:
             cache = KVCache(c, 1, min(c.max_length, window + config.max_tokens), device, dtype)
-            logits = model(ids[:1, -window:], cache=cache, last_only=True)
+            logits = model(ids[:1, -window:], cache=cache, last_only=True)[:, -1]
             cache.repeat(config.num_samples)
-            logits = logits.expand(config.num_samples, -1, -1)
+            logits = logits.expand(config.num_samples, -1)
         else:  # the text outgrew the context: read its last half again
             cache.seen = 0
-            logits = model(ids[:, -window:], cache=cache, last_only=True)
+            logits = model(ids[:, -window:], cache=cache, last_only=True)[:, -1]
         # Rows of the embedding beyond the tokenizer's entries are padding; they are never sampled.
-        known = logits[:, -1, : tokenizer.n_vocab].masked_fill(without_text, -torch.inf)
+        known = logits[:, : tokenizer.n_vocab].masked_fill(without_text, -torch.inf)
         probabilities = next_token_probabilities(known, config, ids)
         if config.temperature == 0:
             drawn = probabilities.argmax(dim=1)
@@ -114,10 +124,17 @@ def generate_ids(
             return
 
 
-def generate_text(model: GPT, prompt: str, tokenizer: Tokenizer, config: GenerationConfig) -> list[str]:
+def by_module(model: GPT) -> Decode:
+    """The model itself as the decode step: when its weights are there only while it runs, as under FSDP."""
+    return lambda ids, cache: model(ids[:, None], cache=cache)[:, -1]
+
+
+def generate_text(
+    model: GPT, prompt: str, tokenizer: Tokenizer, config: GenerationConfig, decode: Decode | None = None
+) -> list[str]:
     """The continuations of a prompt, config.num_samples of them, without the prompt."""
     texts: list[list[int]] = [[] for _ in range(config.num_samples)]
-    for step in generate_ids(model, encode_prompt(prompt, tokenizer), tokenizer, config):
+    for step in generate_ids(model, encode_prompt(prompt, tokenizer), tokenizer, config, decode=decode):
         for text, token_id in zip(texts, step, strict=True):
             text.append(token_id)
     return [tokenizer.decode(i for i in text if i != tokenizer.eot_id) for text in texts]

@@ -57,9 +57,11 @@ def run_folder(config: Config) -> Path:
 def train(config: Config) -> int:
     """The run, from the data to the last checkpoint. Returns the exit code: 0, or STOPPED. Raises UserError."""
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import (
         DistributedDataParallelKwargs,
+        DistributedType,
+        FullyShardedDataParallelPlugin,
         GradientAccumulationPlugin,
         InitProcessGroupKwargs,
         gather_object,
@@ -69,6 +71,7 @@ def train(config: Config) -> int:
 
     from checkpoint import (
         check_same_run,
+        gather_tensors,
         load_tokenizer,
         load_training_state,
         newest_checkpoint,
@@ -88,11 +91,12 @@ def train(config: Config) -> int:
         peak_flops,
         why_not_compile,
     )
+    from memory import fitting_batch_size, usable_memory
     from metrics import Meter, MetricsFile, duration, log_line, plot_loss
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
     from prepare_data import DatasetPrep
-    from sampling import NonFiniteError, generate_text
+    from sampling import NonFiniteError, by_module, generate_text
 
     # ---- where we are -------------------------------------------------------------------
     c = config.train
@@ -105,7 +109,26 @@ def train(config: Config) -> int:
     # minutes; then NCCL would end the run with nothing saved.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
+    fsdp = None
+    if c.fsdp:  # each process keeps some rows of every weight; a block's are gathered while it computes
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        fsdp = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            reshard_after_forward=True,
+            # Gathered in the products' format: autocast would keep a copy of every weight until the backward pass.
+            mixed_precision_policy=MixedPrecisionPolicy(
+                AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            # Not used; left out, accelerate would take them from variables of the environment.
+            cpu_offload=False,
+            cpu_ram_efficient_loading=False,
+            activation_checkpointing=False,
+        )
     accelerator = Accelerator(
+        fsdp_plugin=fsdp,
         mixed_precision=precision if precision in AUTOCAST_DTYPES else "no",
         cpu=on_cpu,
         kwargs_handlers=[ddp, patience],
@@ -115,6 +138,14 @@ def train(config: Config) -> int:
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
+    if c.fsdp and world_size == 1:
+        raise ConfigError(
+            "train.fsdp divides the model among several devices, and this run has one; start a process for each, "
+            "such as accelerate launch --num_processes=8 train.py, or leave --train.fsdp out"
+        )
+    if c.fsdp and on_cpu:  # where accelerate ignores the plugin, though FSDP2 works
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = fsdp
     progress = tqdm(disable=not (is_main and sys.stderr.isatty()), unit="step", leave=False)
 
     def say(text: str) -> None:
@@ -148,11 +179,14 @@ def train(config: Config) -> int:
         )
     if is_main:
         write_status(run_dir, "running", newest.step if newest else 0)
-    if state:
-        config = keep_rows_per_step(config, state["rows_per_step"], world_size)
-        c = config.train
+    rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
+    if c.fit_memory:
+        usable = usable_memory(device) // (world_size if on_cpu else 1)
+        fitting = fitting_batch_size(config, rows_per_step // world_size, usable, world_size)
+        c = dataclasses.replace(c, batch_size=int(accelerator.gather(torch.tensor([fitting], device=device)).min()))
+    config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
+    c, tokens_per_step = config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
-    rows_per_step, tokens_per_step = config.rows_per_step(world_size), config.tokens_per_step(world_size)
 
     # ---- data, model, optimizer -----------------------------------------------------------
     say(f"device    {world_size} x {describe(device)} | {precision}")
@@ -167,8 +201,19 @@ def train(config: Config) -> int:
     token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
 
     set_seed(c.seed)
-    model = GPT(config.model.resolved(tokenizer.n_vocab)).to(device)
+    model = GPT(config.model.resolved(tokenizer.n_vocab))
+    model.activation_checkpointing = c.activation_checkpointing
+    if not c.fsdp:  # which takes each process's rows to its device: all might not fit there
+        model = model.to(device)
     optimizers = build_optimizers(model, c)
+
+    # `model` stays the plain module, for saving, validating and sampling; `trained` is what the step calls.
+    # (FSDP changes the module in place, so there they are one, and its blocks are compiled in place.)
+    compiled = c.compile and why_not_compile(device) is None
+    if compiled and c.fsdp:
+        for block in model.blocks:
+            block.compile()
+    trained, *_ = accelerator.prepare(torch.compile(model) if compiled and not c.fsdp else model, *optimizers)
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
     if newest and state:
@@ -183,19 +228,14 @@ def train(config: Config) -> int:
     config.check_length(total_steps, world_size)
     warmup_steps = config.warmup_steps(world_size)
 
-    # `model` stays the plain module, for saving, validating and sampling; `trained` is what the step calls.
-    compiled = c.compile and why_not_compile(device) is None
-    trained = accelerator.prepare(torch.compile(model) if compiled else model)
-    for optimizer in optimizers:
-        accelerator.prepare(optimizer)  # so that fp16's loss scale is taken out of its gradients
-
     n_parameters, flops_per_token = model.parameter_counts()["total"], model.flops_per_token()
     peak = peak_flops(device, precision)
     say(
         f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
     )
-    say(f"compile   {'on: the first step takes a minute' if compiled else why_not_compile(device) or 'off'}")
+    on = f"on{', each block by itself' if c.fsdp else ''}: the first step takes a minute"
+    say(f"compile   {on if compiled else why_not_compile(device) or 'off'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")
@@ -219,6 +259,7 @@ def train(config: Config) -> int:
         if log:
             log.write(kind, step, tokens=tokens_seen, **values)
 
+    @torch.compiler.set_stance("force_eager")  # its other shapes, and those of the sample, are not worth compiling
     def validate() -> float:
         """Mean held-out loss over all datasets; logs each dataset's, draws loss.png and a sample."""
         with accelerator.autocast():
@@ -238,9 +279,11 @@ def train(config: Config) -> int:
             )
         if is_main:
             plot_loss(run_dir)
+        if is_main or c.fsdp:  # a divided model runs in all processes at once; the same seed gives them the same text
             settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
             with accelerator.autocast():
-                text = generate_text(model, config.eval.prompts[0], tokenizer, settings)[0]
+                decode = by_module(model) if c.fsdp else None
+                text = generate_text(model, config.eval.prompts[0], tokenizer, settings, decode)[0]
             sample = " ".join(f"{config.eval.prompts[0]}{text}".split())
             say(f"  sample       {sample[:84]}")
         return scores["all"]["loss"]
@@ -248,13 +291,14 @@ def train(config: Config) -> int:
     def save() -> None:
         """A checkpoint of this step by the main process, with every process's data position."""
         positions = gather_object([position])
+        tensors = gather_tensors(model, optimizers, keep=is_main)
         if is_main:
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
                 "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
                 "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "data": data_state,
             }  # fmt: skip
-            path = save_checkpoint(run_dir, step, model, optimizers, state, config, tokenizer, val_loss)
+            path = save_checkpoint(run_dir, step, tensors, state, config, tokenizer, val_loss)
             write_status(run_dir, "running", step)
             say(f"  saved    {path}")
         accelerator.wait_for_everyone()
@@ -287,13 +331,14 @@ def train(config: Config) -> int:
         set_learning_rates(optimizers, factor)
 
         # Gradients of the mean loss per token of the whole step: micro-steps and processes count by their tokens.
-        # (DDP takes the mean over processes, hence the factor world_size.)
+        # (DDP and FSDP take the mean over processes, hence the factor world_size.)
         nats = torch.zeros((), device=device)
         micro_batches = list(batch.split(c.batch_size))
         for i, (inputs, targets) in enumerate(micro_batches):
             x, y = to_device(inputs, device), to_device(targets, device)  # (B, T) each
-            is_last = i == len(micro_batches) - 1  # only then do the processes exchange gradients
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(trained):
+            # The processes exchange gradients at the last one; under FSDP at each, or every device would hold all.
+            exchange = i == len(micro_batches) - 1 or c.fsdp
+            with contextlib.nullcontext() if exchange else accelerator.no_sync(trained):
                 micro_nats = trained(x, y)
                 accelerator.backward(micro_nats * (world_size / n_targets))
             nats += micro_nats.detach()
@@ -400,6 +445,9 @@ def validation_scores(
     scores = {}
     for name, rows in held_out.items():
         share = rows[accelerator.process_index :: accelerator.num_processes]
+        if len(share) % batch_size == 0 and len(share) * accelerator.num_processes < len(rows):
+            # The first process has one row more, in one batch more. Under FSDP they go through the model together.
+            score_rows(model, rows[:1], token_byte_length, batch_size)
         scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size)]))
     scores["all"] = Score.concatenate(list(scores.values()))
     return {name: score.summary() for name, score in scores.items()}

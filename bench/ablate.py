@@ -2,8 +2,8 @@
 
 Trains the preset with each line of options of train.py (and once without any), for each seed, at the same number of
 steps; prints the held-out bits per byte of each with its spread over the seeds, and the difference to the preset seed
-by seed. Two runs at a time with a thread each: losses are compared here, not seconds. Runs that OUT.json holds
-already are not done again.
+by seed. OPTIONS may begin with --variant NAME, one of bench/variants.py. Two runs at a time with a thread each: losses
+are compared here, not seconds. Runs that OUT.json holds already are not done again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ sys.path.insert(0, str(ROOT))
 def run(preset: str, steps: int, seed: int, options: str) -> float:
     """Held-out bits per byte over all datasets after so many steps."""
     with tempfile.TemporaryDirectory() as folder:
+        words = shlex.split(options)
+        script = ["train.py"]
+        if words[:1] == ["--variant"]:
+            script, words = ["bench/variants.py", words[1]], words[2:]
         command = [
-            sys.executable, str(ROOT / "train.py"), "--preset", preset, "--train.max_steps", str(steps),
+            sys.executable, str(ROOT / script[0]), *script[1:], "--preset", preset, "--train.max_steps", str(steps),
             "--train.seed", str(seed), "--data.seed", str(seed + 1), "--train.out_dir", folder, "--train.run_name", "x",
-            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *shlex.split(options),
+            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *words,
         ]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
@@ -49,6 +53,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from bench.context import context
+    from files import write_json
 
     changes = {"as it is": ""} | {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
     key = f"{arguments.preset}, {arguments.steps} steps"
@@ -65,8 +70,7 @@ def main() -> int:
         name, seed = job
         table[name]["bits_per_byte"][str(seed)] = run(arguments.preset, arguments.steps, seed, changes[name])
         print(f"{name}, seed {seed}: {table[name]['bits_per_byte'][str(seed)]:.4f}", flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.out, results)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(do, todo))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ import tiktoken
 from bench.context import context
 from config import DataConfig
 from documents import DocumentStream
+from files import write_json
 from prepare_data import DatasetPrep
 from shards import write_shards
 from sources import resolve_source
@@ -44,8 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), rounds)
     out = Path(__file__).resolve().parent.parent / "results" / "data" / "throughput.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out, report)
     print(f"{'':<34}{'median':>10}{'min':>9}{'max':>9}")
     for name, values in report["million tokens per second"].items():
         print(f"{name:<34}{statistics.median(values):>10.2f}{min(values):>9.2f}{max(values):>9.2f}")

@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.context import context
+from files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 128
@@ -302,7 +303,6 @@ def main() -> int:
         work(json.loads(sys.argv[2]))
         return 0
     out = ROOT / "results" / "data" / "proofs.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(out.read_text()) if out.exists() else {}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("proofs", nargs="*", metavar="PROOF", help=f"some of {', '.join(PROOFS)}; without any: all")
@@ -313,7 +313,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = PROOFS[name](Path(folder)) | {"context": context()}
         print(f"{name:<8} {'passed' if results[name]['passed'] else 'FAILED'}  {results[name]}", flush=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(out, results)
     return 0 if all(r["passed"] for r in results.values()) else 1
 
 

@@ -1,16 +1,15 @@
 """Decoding speed, one text at a time, beside peers:  python bench/decode.py [--tokens 64] [--rounds 5]
 
 A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: speed does not depend on them) writes
-greedily behind a prompt of 16 tokens. Ours in bf16; transformers' GPT2LMHeadModel.generate in bf16 and fp32; and the
-demo's size as well. They take turns in one process. The bound is what the memory delivers: bytes of the weights that a
-token needs over the speed at which this machine reads memory, measured in the same rounds.
-Writes results/bench/decode.json.
+greedily behind a prompt of 16 tokens: ours in bf16 and with weights in int8, transformers' GPT2LMHeadModel.generate in
+bf16 and fp32. The demo's size does so as well. They take turns in one process. The bound is what the memory delivers:
+bytes of the bf16 weights that a token needs over the speed at which this machine reads memory, measured in the same
+rounds. Writes results/bench/decode.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.context import context
 from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
+from decoding import DecodeStep
+from files import write_json
 from model import GPT
 from sampling import generate_ids
 from tokenizer import Tokenizer, load_tiktoken
@@ -41,14 +42,15 @@ def tokenizer_of(n_vocab: int) -> Tokenizer:
     return Tokenizer("bpe", r"[\s\S]", tokens, {"<|endoftext|>": n_vocab - 1})
 
 
-def ours(shape: GPTConfig, n_vocab: int, tokens: int) -> Callable[[], None]:
+def ours(shape: GPTConfig, n_vocab: int, tokens: int, int8: bool) -> Callable[[], None]:
     torch.manual_seed(0)
     model = GPT(shape.resolved(n_vocab)).to(torch.bfloat16).eval()
     tokenizer = tokenizer_of(n_vocab)
     greedy = GenerationConfig(max_tokens=tokens, temperature=0)
+    step = DecodeStep(model, int8)
 
     def decode() -> None:
-        n = sum(1 for _ in generate_ids(model, [1] * PROMPT, tokenizer, greedy))
+        n = sum(1 for _ in generate_ids(model, [1] * PROMPT, tokenizer, greedy, decode=step))
         assert n == tokens, "it met end-of-text"
 
     return decode
@@ -87,7 +89,8 @@ def main() -> int:
     for size, n_vocab in (("gpt2", 50257), ("demo", PRESETS["demo"].data.n_vocab)):
         shape, tokens = PRESETS[size].model, arguments.tokens
         contenders = {
-            "ours bf16": ours(shape, n_vocab, tokens),
+            "ours bf16": ours(shape, n_vocab, tokens, int8=False),
+            "ours int8": ours(shape, n_vocab, tokens, int8=True),
             "transformers bf16": theirs(shape, n_vocab, tokens, torch.bfloat16),
             "transformers fp32": theirs(shape, n_vocab, tokens, torch.float32),
         }
@@ -107,11 +110,12 @@ def main() -> int:
         print(f"{size}: {counts['total'] / 1e6:.1f}M parameters, {n_bytes / 1e6:.0f} MB of bf16 weights per token")
         for name, speed in medians.items():
             print(f"  {name:<20}{speed:>8.1f} tokens/s{speed / medians['bound']:>8.1%} of the bound")
-        print(f"  ours: {medians['ours bf16'] / medians['transformers bf16']:.1f} x transformers bf16\n")
+        for name in ("ours bf16", "ours int8"):
+            print(f"  {name}: {medians[name] / medians['transformers bf16']:.1f} x transformers bf16")
+        print()
         results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
     out = ROOT / "results" / "bench" / "decode.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     return 0
 
 

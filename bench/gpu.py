@@ -38,6 +38,7 @@ from bench.context import context
 from bench.decode import tokenizer_of
 from config import PRESETS, Config, GenerationConfig, TrainingConfig
 from errors import ConfigError, exit_code_of
+from files import write_json
 from hardware import (
     AUTOCAST_DTYPES,
     PEAK_TFLOPS,
@@ -167,8 +168,7 @@ class Box:
 
     def write(self) -> None:
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+            write_json(self.path, self.results)
 
 
 def measure_card(box: Box) -> None:

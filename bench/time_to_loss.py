@@ -98,6 +98,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from bench.context import context
+    from files import write_json
 
     name = "gpt2 fp32" if arguments.fp32 else "gpt2 bf16 compiled"
     trials = [train_peer(arguments.seconds / 4, lr, arguments.fp32, seed=0) for lr in RATES]
@@ -121,10 +122,9 @@ def main() -> int:
             pairs.append({"seed": seed, "peer": peer, "ours": ours, "ratio": arguments.seconds / ours["seconds"]})
             print(f"  {pairs[-1]['ratio']:.1f} times as fast", flush=True)
     out = ROOT / "results" / "bench" / "time_to_loss.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(out.read_text()) if out.exists() else {}
     results[name] = {"context": context(), "learning rates tried": trials, "runs": pairs}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     return 0
 
 

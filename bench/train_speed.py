@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import resource
 import statistics
@@ -93,6 +92,7 @@ def main() -> int:
     from bench.context import context
     from bench.peers import gemm_peak
     from config import GPTConfig
+    from files import write_json
     from model import GPT
 
     contenders = {name: build(name) for name in NAMES}
@@ -140,8 +140,7 @@ def main() -> int:
         if name == "ours":
             results[name] |= {"of the peak": {"forward and backward": flops / fb / peak, "step": flops / step / peak}}
     out = ROOT / "results" / "bench" / "train_speed.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     return 0
 
 

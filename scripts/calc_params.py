@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others.", Config)
     import torch
 
+    from memory import training_memory
     from model import GPT
 
     with torch.device("meta"):
@@ -42,10 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     training, forward = model.flops_per_token(), model.flops_per_token(training=False)
     print(f"\nFLOPs per token: {training / 1e6:,.1f} M to train, {forward / 1e6:,.1f} M to read")
     print("memory to train (weights, gradients and optimizer state in fp32; activations in bf16):")
-    memory = training_memory(config.model, config)
-    for part, n_bytes in memory.items():
+    memory = training_memory(config, config.train.batch_size)
+    parts = {
+        "weights": memory.weights, "gradients": memory.gradients,
+        f"optimizer ({config.train.optimizer})": memory.optimizer,
+        "forward and backward": memory.activations, "update of the weights": memory.update,
+    }  # fmt: skip
+    for part, n_bytes in parts.items():
         print(f"  {part:<24}{n_bytes / 2**30:>8.2f} GB")
-    print(f"  {'total':<24}{sum(memory.values()) / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
+    print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
 
     if config.train.max_steps:
         devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
@@ -62,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.device("meta"):
             size = GPT(row.resolved(config.data.n_vocab))
         n, flops = size.parameter_counts()["total"], size.flops_per_token()
-        gigabytes = sum(training_memory(row, config).values()) / 2**30
+        its = training_memory(dataclasses.replace(config, model=row), config.train.batch_size)
+        gigabytes = its.total / 2**30
         mark = "  <- yours" if row == config.model else ""
         print(
             f"{width:>8}{row.n_layers:>8}{row.n_heads:>7}{n / 1e6:>11,.1f} M{flops / 1e6:>13,.0f}"
@@ -77,43 +84,6 @@ def ladder(model: GPTConfig, width: int) -> GPTConfig:
         return model
     heads = width // 64
     return dataclasses.replace(model, d_model=width, n_layers=heads, n_heads=heads, n_kv_heads=0, head_dim=64, d_ff=0)
-
-
-def training_memory(model_config: GPTConfig, config: Config) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer state and activations of one micro-batch.
-
-    Activations are those that autograd keeps for the backward pass, found by tracing one row without computing
-    it; torch.compile keeps fewer.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from model import GPT
-
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
-    alive: list[torch.Tensor] = []  # so that no storage's address is used twice
-    with FakeTensorMode():
-        model = GPT(model_config.resolved(config.data.n_vocab))
-        ids = torch.zeros(1, model.config.max_length, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-            model(ids, ids)
-        n_weights = sum(p.numel() for p in model.parameters())
-        n_matrices = sum(p.numel() for p, _ in model.block_matrices())
-        own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    activations = sum(n for storage, n in kept.items() if storage not in own)
-    one_state = n_matrices if config.train.optimizer == "muon" else 0  # Muon keeps one number per weight, AdamW two
-    return {
-        "weights": 4 * n_weights,
-        "gradients": 4 * n_weights,
-        f"optimizer ({config.train.optimizer})": 4 * (2 * n_weights - one_state),
-        "activations": activations * config.train.batch_size,
-    }
 
 
 if __name__ == "__main__":

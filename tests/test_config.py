@@ -602,8 +602,10 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "optim": {"config", "hardware", "model"},
     "metrics": {"files"},
     "hardware": {"errors"},
+    "memory": {"config", "errors", "model", "optim"},
     "checkpoint": {"config", "errors", "files", "model", "tokenizer"},
-    "sampling": {"config", "errors", "model", "tokenizer"},
+    "decoding": {"errors", "model"},
+    "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
 }
 WITHOUT_TORCH = ["errors", "files", "config", "tokenizer", "hub", "sources", "documents", "shards", "prepare_data"]
 

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from config import PRESETS, GPTConfig, TrainingConfig
+from decoding import DecodeStep
 from errors import ConfigError
 from hardware import PEAK_TFLOPS, allow_tf32, best_dtype, choose_precision, default_device, peak_flops, why_not_compile
 from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, BlockAttention, HeadLoss, KVCache
@@ -263,13 +264,14 @@ def test_flash_attention_takes_the_heads_of_every_preset(preset: str):
 @torch.no_grad()
 def test_decoding_on_a_card_waits_for_nothing_inside_the_model(card: None):
     model = model_on_card(GPTConfig(d_model=256, n_layers=2, n_heads=8, n_kv_heads=2), dtype=torch.bfloat16)
-    cache = KVCache(model.config, 3, 64, CUDA, torch.bfloat16)
-    with Calls() as calls, Watch() as watch:
-        for length in (16, 1, 1, 4):
-            model(torch.empty(3, length, dtype=torch.int64, device="cuda"), cache=cache, last_only=True)
+    cache, decode = KVCache(model.config, 3, 64, CUDA, torch.bfloat16), DecodeStep(model)
+    with Calls(), Watch() as watch:
+        model(torch.empty(3, 16, dtype=torch.int64, device="cuda"), cache=cache, last_only=True)
+        for _ in range(2):
+            assert decode(torch.empty(3, dtype=torch.int64, device="cuda"), cache).shape == (3, 50304)
+        model(torch.empty(3, 4, dtype=torch.int64, device="cuda"), cache=cache, last_only=True)
     assert cache.seen == 22
     assert watch.dtypes(PRODUCTS) == {torch.bfloat16}
-    assert [call["is_causal"] for call in calls.attention[::2]] == [True, False, False, False]
 
 
 def test_validation_on_a_card_is_in_bf16_too(card: None):

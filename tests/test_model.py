@@ -402,3 +402,27 @@ def test_the_peak_of_a_gpu_is_that_of_its_own_name(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), "bf16") == (tflops * 1e12 if tflops else None)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mlp": "relu2"}, {"tie_embeddings": True, "n_kv_heads": 2}], ids=repr)
+def test_activation_checkpointing_changes_the_memory_and_not_a_bit_of_the_gradients(
+    tiny_model: Build, fields: dict[str, Any]
+) -> None:
+    model, ids = tiny_model(**fields), random_ids(3, 30)
+    gradients, kept = [], []
+    for again in (False, True):
+        model.activation_checkpointing = again
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            nats = model(ids, ids)
+        nats.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.8 * kept[0]

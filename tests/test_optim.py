@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import TrainingConfig
@@ -142,6 +144,42 @@ def test_two_processes_share_the_orthogonalisation_and_get_what_one_gets(tmp_pat
         assert torch.equal(ours, theirs)  # the processes must never drift apart
         torch.testing.assert_close(ours, whole, rtol=1e-2, atol=2e-3)  # bf16, in batches of another size
     assert max(first[2], second[2]) < 0.8 * alone[2]
+
+
+def divided_muon_steps(rank: int, world_size: int, folder: str) -> None:
+    """Two steps on pairs of alike weights, alone or with some rows of each in each process; the whole weights after."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    rows = [(32, 32, 32), (17,), (1,)] * 2  # in two processes parts end within a matrix, are unequal, or empty
+    weights: Sequence[Tensor] = [torch.randn(sum(r), 32, generator=generator) for r in rows]
+    gradients: Sequence[Tensor] = [torch.randn(w.shape, generator=generator) for w in weights]
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+        mesh = init_device_mesh("cpu", (world_size,))
+        weights, gradients = ([distribute_tensor(x, mesh, [Shard(0)]) for x in xs] for xs in (weights, gradients))
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.requires_grad_().grad = gradient
+    muon = Muon(list(zip(weights, rows, strict=True)), lr=0.1, momentum=0.9, weight_decay=0.1)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+        muon.step()
+    momenta = [muon.state[w]["momentum"] for w in weights]
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in (*weights, *momenta)]
+    held = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in momenta)
+    torch.save(([x.detach() for x in whole], held, counter.get_total_flops()), f"{folder}/{world_size}-{rank}")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_with_some_rows_of_each_weight_get_what_one_with_all_gets(tmp_path: Path):
+    divided_muon_steps(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(divided_muon_steps, (2, str(tmp_path)), nprocs=2)
+    alone, first, second = (torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
+    for ours, theirs, whole in zip(first[0], second[0], alone[0], strict=True):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, whole, rtol=1e-2, atol=4e-3)  # bf16, in batches of another size
+    assert first[1] + second[1] == alone[1]  # no number of the momentum is held twice
+    assert first[2] == second[2] < 0.6 * alone[2]
 
 
 def test_muons_decay_is_decoupled_and_per_unit_of_lr():

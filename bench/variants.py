@@ -1,0 +1,289 @@
+"""train.py with one thing changed that no option changes:  python bench/variants.py NAME [options of train.py]
+
+For bench/ablate.py, whose changes may begin with --variant NAME. What pays and can be exported moves into the code and
+leaves this file; what does not pay stays, so that its figure can be measured again. Where one does not compile, add
+--train.no_compile.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import model as model_module
+import optim
+from model import GPT, Block
+
+STEP = [0]  # optimizer steps done, for schedules
+
+
+def count_steps() -> None:
+    plain = optim.set_learning_rates
+
+    def counting(optimizers: Any, factor: float) -> None:
+        STEP[0] += 1
+        plain(optimizers, factor)
+
+    optim.set_learning_rates = counting
+
+
+def after_init(change: Callable[[GPT], None]) -> None:
+    """Change the fresh weights."""
+    plain = GPT.init_weights
+
+    @torch.no_grad()
+    def init_weights(self: GPT) -> None:
+        plain(self)
+        change(self)
+
+    GPT.init_weights = init_weights  # type: ignore[method-assign]
+
+
+def blocks_of(gpt: GPT) -> list[Block]:
+    return [block for block in gpt.blocks if isinstance(block, Block)]
+
+
+# ---- initial values -----------------------------------------------------------------------------
+
+
+def out_projections_small() -> None:
+    """GPT-2's: standard deviation (2 L)^-1/2 of what the others have, instead of zero."""
+
+    def change(gpt: GPT) -> None:
+        for block in blocks_of(gpt):
+            for out in (block.attention.wo, block.mlp.w_down):
+                std = (2 * gpt.config.n_layers * out.in_features) ** -0.5
+                nn.init.normal_(out.weight, std=std)
+
+    after_init(change)
+
+
+def embedding_std(std: float) -> Callable[[], None]:
+    def change(gpt: GPT) -> None:
+        nn.init.normal_(gpt.embedding.weight, std=std)
+
+    return lambda: after_init(change)
+
+
+def qk_gain(gain: float) -> Callable[[], None]:
+    """Queries and keys begin longer by this factor each: a sharper softmax."""
+
+    def change(gpt: GPT) -> None:
+        for block in blocks_of(gpt):
+            block.attention.q_norm.weight.fill_(gain)
+            block.attention.k_norm.weight.fill_(gain)
+
+    return lambda: after_init(change)
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def embedding_norm() -> None:
+    """RMSNorm behind the embedding: it folds into the embedding's rows at export."""
+    plain = nn.Embedding.forward
+    nn.Embedding.forward = lambda self, ids: F.rms_norm(plain(self, ids), (self.embedding_dim,))  # type: ignore[method-assign]
+
+
+def residual_scalars() -> None:
+    """Each block scales the residual stream by a number that is learned: it folds into the projections at export."""
+    plain_init, plain = Block.__init__, Block.forward
+
+    def init(self: Block, c: Any) -> None:
+        plain_init(self, c)
+        self.norm_residual = nn.Parameter(torch.ones(1))  # "norm": it moves with the norms' rate
+
+    def forward(self: Block, x: Tensor, *others: Any) -> Tensor:
+        return plain(self, x * self.norm_residual.to(x.dtype), *others)  # type: ignore[arg-type]
+
+    Block.__init__, Block.forward = init, forward  # type: ignore[method-assign]
+
+
+def first_input_shortcut() -> None:
+    """x0 of modded-nanogpt: each block also gets the embedding again, by a learned share. Not exportable."""
+    plain_init, plain = Block.__init__, Block.forward
+    first: list[Tensor] = []
+
+    def init(self: Block, c: Any) -> None:
+        plain_init(self, c)
+        self.norm_shares = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, layer: int) -> Tensor:
+        if layer == 0:
+            first[:] = [x]
+        shares = self.norm_shares.to(x.dtype)  # type: ignore[operator]
+        return plain(self, shares[0] * x + shares[1] * first[0], cos, sin, cache, layer)
+
+    Block.__init__, Block.forward = init, forward  # type: ignore[method-assign]
+
+
+def logit_softcap(cap: float) -> Callable[[], None]:
+    """c tanh(logits / c) in the loss. Not exportable to Qwen3."""
+
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf_x, leaf_w = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            logits = cap * torch.tanh((leaf_x @ leaf_w.mT).float() / cap)
+            nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+            grads = torch.autograd.grad(nats, (leaf_x, leaf_w))
+        ctx.save_for_backward(grads[0], grads[1].float())
+        return nats.detach()
+
+    def change() -> None:
+        model_module.HeadLoss.forward = staticmethod(forward)  # type: ignore[method-assign]
+        plain = GPT.forward
+
+        def capped(self: GPT, ids: Tensor, targets: Tensor | None = None, *a: Any, **k: Any) -> Tensor:
+            out = plain(self, ids, targets, *a, **k)
+            return out if targets is not None else cap * torch.tanh(out / cap)
+
+        GPT.forward = capped  # type: ignore[method-assign]
+
+    return change
+
+
+# ---- the optimizer ------------------------------------------------------------------------------
+
+
+def momentum_warmup(steps: int, low: float = 0.85) -> Callable[[], None]:
+    """Muon's momentum rises from `low` over so many steps."""
+
+    def change() -> None:
+        count_steps()
+        plain = optim.Muon.step
+
+        def step(self: optim.Muon, closure: None = None) -> None:
+            for group in self.param_groups:
+                group["momentum"] = low + (0.95 - low) * min(1.0, STEP[0] / steps)
+            plain(self)
+
+        optim.Muon.step = step  # type: ignore[method-assign]
+
+    return change
+
+
+def momentum_of(value: float) -> Callable[[], None]:
+    def change() -> None:
+        plain = optim.Muon.step
+
+        def step(self: optim.Muon, closure: None = None) -> None:
+            for group in self.param_groups:
+                group["momentum"] = value
+            plain(self)
+
+        optim.Muon.step = step  # type: ignore[method-assign]
+
+    return change
+
+
+def muon_per_head() -> None:
+    """Queries, keys and values of each head are matrices of their own."""
+    plain = GPT.block_matrices
+
+    def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
+        c, found = self.config, []
+        fused = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+        for weight, rows in plain(self):
+            by_head = weight.size(0) == fused and len(rows) == 3
+            found.append((weight, (c.head_dim,) * (fused // c.head_dim) if by_head else rows))
+        return found
+
+    GPT.block_matrices = block_matrices  # type: ignore[method-assign]
+
+
+def muon_unsplit() -> None:
+    """Fused projections are orthogonalised whole."""
+    plain = GPT.block_matrices
+    GPT.block_matrices = lambda self: [(weight, (weight.size(0),)) for weight, _ in plain(self)]  # type: ignore[method-assign]
+
+
+def cautious_decay() -> None:
+    """Decay only where the update goes towards zero as well (arXiv:2411.16085 for the idea)."""
+    plain = optim.Muon.step
+
+    def step(self: optim.Muon, closure: None = None) -> None:
+        (group,) = self.param_groups
+        decay, group["weight_decay"] = group["weight_decay"], 0.0
+        before = [p.detach().clone() for p in group["params"]]
+        plain(self)
+        group["weight_decay"] = decay
+        with torch.no_grad():
+            for p, old in zip(group["params"], before, strict=True):
+                p.sub_(old * ((old - p) * old > 0) * group["lr"] * decay)
+
+    optim.Muon.step = step  # type: ignore[method-assign]
+
+
+def torch_muon() -> None:
+    """torch.optim.Muon in place of ours, on whole matrices, with the same update scale."""
+
+    class Theirs(torch.optim.Muon):
+        def __init__(self, matrices: Any, lr: float, momentum: float, weight_decay: float):
+            weights = [p for p, _ in matrices]
+            super().__init__(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="original")
+
+    optim.Muon = Theirs  # type: ignore[misc, assignment]
+
+
+# ---- the data -----------------------------------------------------------------------------------
+
+
+def short_rows_first(steps: int, parts: int) -> Callable[[], None]:
+    """The context grows: for the first steps each row counts as so many shorter ones."""
+
+    def change() -> None:
+        count_steps()
+        plain = GPT.forward
+
+        def forward(self: GPT, ids: Tensor, targets: Tensor | None = None, *a: Any, **k: Any) -> Tensor:
+            if targets is not None and torch.is_grad_enabled() and STEP[0] <= steps:
+                ids, targets = (t.reshape(len(t) * parts, -1) for t in (ids, targets))
+            return plain(self, ids, targets, *a, **k)
+
+        GPT.forward = forward  # type: ignore[method-assign]
+
+    return change
+
+
+VARIANTS: dict[str, Callable[[], None]] = {
+    "out-projections-small": out_projections_small,
+    "embedding-std-0.02": embedding_std(0.02),
+    "embedding-norm": embedding_norm,
+    "qk-gain-1.5": qk_gain(math.sqrt(1.5)),
+    "residual-scalars": residual_scalars,
+    "first-input-shortcut": first_input_shortcut,
+    "logit-softcap-15": logit_softcap(15.0),
+    "momentum-warmup-100": momentum_warmup(100),
+    "momentum-0.9": momentum_of(0.9),
+    "momentum-0.97": momentum_of(0.97),
+    "muon-per-head": muon_per_head,
+    "muon-unsplit": muon_unsplit,
+    "cautious-decay": cautious_decay,
+    "torch-muon": torch_muon,
+    "short-rows-first": short_rows_first(100, 4),
+}
+
+
+def main() -> int:
+    import train
+
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        print(
+            f"usage: python bench/variants.py NAME [options of train.py]; names: {', '.join(VARIANTS)}", file=sys.stderr
+        )
+        return 2
+    VARIANTS[sys.argv[1]]()
+    return train.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""The memory of a training step: counted before anything is allocated, and held against what the device has."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from config import Config
+from errors import ConfigError
+from model import GPT
+from optim import build_optimizers
+
+# Of the free memory. Allocators round up and keep what is freed: on a CPU, a third more was measured than a step needs.
+SHARE_TO_FILL = {"cuda": 0.85, "mps": 0.7, "cpu": 0.5}
+MOST_TOKENS = 65_536  # in a micro-batch: every device is busy by then, and more only takes memory
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one process in training: what stays, and the most that comes and goes in a step.
+
+    optimizer    its state: Muon keeps one number per weight, AdamW two
+    activations  of the forward and backward pass (eager; torch.compile needs less)
+    update       while the optimizer moves the weights
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    update: int
+
+    @property
+    def total(self) -> int:
+        """The most at a time."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
+
+
+def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemory:
+    """Follow the allocations of a step with so many rows in a micro-batch, without computing anything.
+
+    Products are in bf16, weights and all state in fp32. devices: among which train.fsdp divides all but activations.
+    """
+    one, two = _traced(config, rows, n_layers=1), _traced(config, rows, n_layers=2)
+    more = config.model.n_layers - 2  # and each takes as much as the second
+    whole = TrainingMemory(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
+    n = devices if config.train.fsdp else 1
+    return TrainingMemory(
+        whole.weights // n, whole.gradients // n, whole.optimizer // n, whole.activations, whole.update // n
+    )
+
+
+def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
+    with FakeTensorMode():
+        model = GPT(replace(config.model.resolved(config.data.n_vocab), n_layers=n_layers))
+        model.activation_checkpointing = config.train.activation_checkpointing
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # as they are from the second micro-step on
+
+        def forward_and_backward() -> None:
+            ids = torch.zeros(rows, model.config.max_length, dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(ids, ids).backward()
+
+        activations = _peak(forward_and_backward)
+        optimizers = build_optimizers(model, config.train)
+        for optimizer in optimizers:
+            optimizer.step()  # the first one makes the state
+        update = max(_peak(optimizer.step) for optimizer in optimizers)
+        states = [tensor for o in optimizers for state in o.state.values() for tensor in state.values()]
+    n_bytes = 4 * model.parameter_counts()["total"]
+    return TrainingMemory(n_bytes, n_bytes, sum(s.nbytes for s in states), activations, update)
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """The most bytes that some work on fake tensors has allocated at a time."""
+    with _Allocations() as allocations:
+        work()
+    return allocations.peak
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the storages that operations make, each from its first sight to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mine = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._sizes and key not in mine:  # not a view, and not changed in place
+                    self._sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._end, key)
+        return out
+
+    def _end(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def usable_memory(device: torch.device) -> int:
+    """SHARE_TO_FILL of the bytes that are free on a device; for a CPU, in the system or in its container."""
+    return int(SHARE_TO_FILL[device.type] * _free_memory(device))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
+    lines = _lines("/proc/meminfo")
+    free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]  # with caches
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    inactive = [int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if "inactive_file " in line]
+    most = max(free)
+    if limit and used and limit[0] != "max":
+        most = min(most, int(limit[0]) - int(used[0]) + sum(inactive))
+    return most
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def fitting_batch_size(config: Config, rows: int, usable: int, devices: int = 1) -> int:
+    """The largest micro-batch whose training takes at most so many bytes of a device and that divides so many rows.
+
+    Raises ConfigError when a single row is too much.
+    """
+    length = config.model.max_length
+    most = max(1, MOST_TOKENS // length)
+    divisors = [n for n in range(1, min(rows, most) + 1) if rows % n == 0]
+    n_fitting = bisect.bisect_right(divisors, usable, key=lambda n: training_memory(config, n, devices).total)
+    if n_fitting == 0:
+        help_of_it = "" if config.train.activation_checkpointing else ", or --train.activation_checkpointing"
+        raise ConfigError(
+            f"training on one row of {length} tokens takes {training_memory(config, 1, devices).total / 2**30:.2f} GB, "
+            f"and {usable / 2**30:.2f} GB can be used; use a smaller model or context{help_of_it}"
+        )
+    return divisors[n_fitting - 1]

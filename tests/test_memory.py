@@ -1,0 +1,126 @@
+"""What a training step takes is known before it is taken, and the micro-batch is chosen by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import memory
+from config import Config, DataConfig, GPTConfig, TrainingConfig, load_config
+from errors import ConfigError
+from memory import fitting_batch_size, training_memory, usable_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = Config(
+    data=DataConfig(tokenizer="bpe", bpe_vocab_size=2048),
+    model=GPTConfig(d_model=128, n_layers=4, n_heads=2, max_length=256),
+    train=TrainingConfig(batch_size=8, gradient_accumulation_steps=6),
+)
+MEASURE = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from config import GPTConfig, TrainingConfig
+from model import GPT
+from optim import build_optimizers
+
+def peak():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+
+def train(model, rows):
+    optimizers = build_optimizers(model, TrainingConfig())
+    for _ in range(2):
+        ids = torch.randint(0, model.config.vocab_size, (rows, 256))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, ids).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+torch.set_num_threads(1)
+train(GPT(GPTConfig(d_model=64, n_layers=1, n_heads=1).resolved(64)), 1)  # the libraries' own memory comes first
+before = peak()
+model = GPT(GPTConfig(d_model=512, n_layers=6, n_heads=8, max_length=256).resolved(8192))
+model.activation_checkpointing = sys.argv[2] == "again"
+train(model, int(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("again", "rows"), [(False, 5), (False, 17), (True, 49)])
+def test_the_memory_of_a_step_is_what_it_really_takes(again: bool, rows: int) -> None:
+    # Without this, freed memory stays with the process, and its peak says nothing about what was in use at a time.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE, str(ROOT), "again" if again else "kept", str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    config = Config(
+        data=DataConfig(tokenizer="bpe", bpe_vocab_size=8192),
+        model=GPTConfig(d_model=512, n_layers=6, n_heads=8, max_length=256),
+        train=TrainingConfig(activation_checkpointing=again),
+    )
+    assert int(done.stdout) == pytest.approx(training_memory(config, rows).total, rel=0.25)
+
+
+def test_every_layer_takes_the_same_so_two_are_enough_to_count_them_all() -> None:
+    for rows in (1, 8, 100):
+        assert training_memory(SMALL, rows) == memory._traced(SMALL, rows, SMALL.model.n_layers)
+
+
+def test_weights_and_optimizer_state_are_counted_exactly() -> None:
+    with_adamw = dataclasses.replace(SMALL, train=TrainingConfig(optimizer="adamw", lr=1e-3))
+    counted, adamw = training_memory(SMALL, 1), training_memory(with_adamw, 1)
+    matrices = 4 * (4 * 128 * 128 + 3 * 128 * 384)  # per layer: q, k, v, o and gate, up, down
+    norms = 128 * 9 + 64 * 8
+    weights = matrices + norms + 2 * 2048 * 128
+    assert counted.weights == counted.gradients == 4 * weights
+    assert adamw.optimizer == pytest.approx(8 * weights, rel=1e-4)  # and a counter for each array
+    assert counted.optimizer == pytest.approx(8 * weights - 4 * matrices, rel=1e-4)
+
+
+def test_the_largest_divisor_of_the_batch_that_fits_is_chosen() -> None:
+    chosen = {n: fitting_batch_size(SMALL, 48, training_memory(SMALL, n).total) for n in (1, 5, 6, 11, 12, 48)}
+    assert chosen == {1: 1, 5: 4, 6: 6, 11: 8, 12: 12, 48: 48}
+    assert fitting_batch_size(SMALL, 2**20, 2**50) * 256 == memory.MOST_TOKENS
+
+
+def test_a_model_that_does_not_fit_with_one_row_is_an_error_that_says_what_would_help() -> None:
+    with pytest.raises(
+        ConfigError, match=r"one row of 256 tokens takes .* GB, and 0.00 GB can .*; use a smaller .*checkpointing"
+    ):
+        fitting_batch_size(SMALL, 48, 2**20)
+
+
+def test_usable_memory_is_some_of_what_the_machine_has() -> None:
+    total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    assert 2**26 < usable_memory(torch.device("cpu")) < 1024 * total
+
+
+@pytest.mark.parametrize("arguments", [["--train.batch_size", "auto"], ["--train.batch_size=auto"]], ids=repr)
+def test_batch_size_auto_fits_the_memory_and_keeps_the_tokens_per_step(arguments: list[str]) -> None:
+    config = load_config(["--preset", "smoke", *arguments, "--train.gradient_accumulation_steps", "3"], "", Config)
+    assert config.train.fit_memory
+    assert config.rows_per_step() == 12
+
+
+def test_a_run_that_chooses_its_micro_batch_trains_on_the_same_tokens_per_step(tmp_path: Path) -> None:
+    """In two processes as in one, and when it is resumed by another number of them."""
+    command = [
+        str(ROOT / "train.py"), "--preset", "smoke", "--train.no_compile", "--train.gradient_accumulation_steps", "4",
+        "--train.batch_size", "auto", "--train.out_dir", str(tmp_path), "--data.cache_dir", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    one = subprocess.run([sys.executable, *command, "--train.max_steps", "20"], capture_output=True, text=True)
+    assert "16 rows x 1 accumulated x 1 devices x 64 tokens = 1,024 tokens per step" in one.stdout, one.stderr
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *command, "--train.max_steps", "22",
+         "--resume"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert "8 rows x 1 accumulated x 2 devices x 64 tokens = 1,024 tokens per step" in two.stdout, two.stderr
+    records = [json.loads(line) for line in (tmp_path / "smoke/metrics.jsonl").read_text().splitlines()]
+    assert [r["tokens"] for r in records if r["kind"] == "train"][-1] == 22 * 1024
