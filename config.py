@@ -203,7 +203,7 @@ class TrainingConfig:
     cooldown_fraction: float = 0.65  # the last part of the run over which the learning rate falls linearly
     final_lr_fraction: float = 0.05  # learning rate at the end, as a share of its peak
     max_grad_norm: float = 1.0  # clip the global gradient norm to this; 0: never
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest safe one of the hardware
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"  # auto: the fastest safe one of the hardware
     fsdp: bool = False  # divide weights, gradients and optimizer state among the devices: for a model too large for one
     compile: bool = True  # whether to torch.compile the model: faster after a minute; on a CPU with a C++ compiler
     seed: int = 1337  # initial weights

@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from checkpoint import find_checkpoint, load_model, read_state
     from files import write_json
-    from hardware import default_device, describe, inference_dtype
+    from hardware import best_dtype, default_device, describe
     from metrics import Score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
 
     device = default_device()
     path = find_checkpoint(Path(arguments.checkpoint)).resolve()  # of "." too: its name and folder are written
-    model, tokenizer, config, step = load_model(path, device, inference_dtype(device))
+    model, tokenizer, config, step = load_model(path, device, best_dtype(device))
     data_config = dataclasses.replace(
         config.data,
         val_tokens=arguments.val_tokens or config.data.val_tokens,

@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from checkpoint import load_model
     from decoding import DecodeStep
-    from hardware import default_device, inference_dtype
+    from hardware import best_dtype, default_device
     from sampling import TextStream, encode_prompt, generate_ids
 
     device = default_device()
-    model, tokenizer, _, _ = load_model(arguments.checkpoint, device, inference_dtype(device))
+    model, tokenizer, _, _ = load_model(arguments.checkpoint, device, best_dtype(device))
     prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.max_length:

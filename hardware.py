@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -19,17 +20,37 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
+    """CUDA, else Apple's MPS, else the CPU. Raises ConfigError for a GPU that this torch has no code for."""
     if torch.cuda.is_available():
+        _check_built_for(torch.cuda.get_device_capability())
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def _check_built_for(capability: tuple[int, int]) -> None:
+    """Each build of torch brings machine code for some architectures (sm_80 runs on 8.0 to 8.9), and for some code that
+    the driver compiles for later ones (compute_90). On any other card the first operation fails."""
+    built_for = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))  # none: AMD's
+    fitting = (
+        int(major) == capability[0] and int(minor) <= capability[1]
+        if kind == "sm"
+        else (int(major), int(minor)) <= capability
+        for kind, major, minor in built_for
+    )
+    if built_for and not any(fitting):
+        raise ConfigError(
+            f"torch {torch.__version__} has no code for {describe(torch.device('cuda'))} (sm_{capability[0]}"
+            f"{capability[1]}), but for {' '.join(torch.cuda.get_arch_list())}; install another build of it (for cards "
+            f"older than Turing: pip install torch --index-url https://download.pytorch.org/whl/cu126)"
+        )
+
+
 def choose_precision(device: torch.device, wanted: str) -> str:
-    """bf16, fp16 or fp32: what `wanted` ("auto" or one of these) means on this device.
+    """bf16, fp16, tf32 or fp32: what `wanted` ("auto" or one of these) means on this device.
 
     Weights and optimizer state are fp32 in any case; this is the format of the matrix products. auto is bf16
-    where the hardware multiplies in it, fp16 (with a scaled loss) on older CUDA cards, fp32 otherwise.
+    where the hardware multiplies in it, fp16 (with a scaled loss) on older CUDA cards, fp32 otherwise. tf32 is fp32
+    whose products round their inputs to mantissas of 10 bits: half the speed of bf16; fp32 may have a sixteenth.
     Raises ConfigError for a format that the device lacks.
     """
     bf16 = _has_bf16(device)
@@ -37,19 +58,27 @@ def choose_precision(device: torch.device, wanted: str) -> str:
         return "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
     if wanted == "bf16" and not bf16 and device.type == "cuda":
         raise ConfigError(f"train.precision bf16 is not supported by {describe(device)}; use fp16 or auto")
+    if wanted == "tf32" and not (bf16 and device.type == "cuda"):
+        raise ConfigError(f"train.precision tf32 needs a CUDA card of 2020 or later, not {describe(device)}; use auto")
     if wanted == "fp16" and device.type != "cuda":
         raise ConfigError(f"train.precision fp16 needs a CUDA device, and this is {device.type}; use auto")
     return wanted
 
 
-def inference_dtype(device: torch.device) -> torch.dtype:
-    """The device's best format, to keep a trained model's weights in: under autocast they would be converted anew
-    for each token."""
+def allow_tf32(precision: str) -> None:
+    """Let CUDA round the inputs of fp32 products to TF32, but for fp32 itself. (Beside bf16 and fp16 there are no fp32
+    products; but torch's compiler would advise each process to allow it.)"""
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """The format that the device multiplies fastest: for products outside of autocast, and to keep a trained model's
+    weights in, which autocast would convert anew for each token."""
     return AUTOCAST_DTYPES.get(choose_precision(device, "auto"), torch.float32)
 
 
 # Dense products in bf16 (fp16 on the last line's cards), fp32 sums, TFLOP/s: the makers' data sheets, without
-# "sparsity". The first that is a word of the device's name counts (an RTX A4000 is no A40).
+# "sparsity"; in TF32 they do half. The first that is a word of the device's name counts (an RTX A4000 is no A40).
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
     "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
@@ -66,7 +95,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)]
-        return known[0] * 1e12 if known and precision != "fp32" else None
+        return known[0] * 1e12 / (2 if precision == "tf32" else 1) if known and precision != "fp32" else None
     if device.type != "cpu":
         return None
     dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
@@ -90,12 +119,19 @@ def _has_bf16(device: torch.device) -> bool:
 
 def why_not_compile(device: torch.device) -> str | None:
     """The reason why torch.compile cannot work here, or None."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
-        return "no C++ compiler found"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "the GPU is older than Volta"
     if device.type == "mps":
         return "not on MPS"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "the GPU is older than Volta"
+    if device.type == "cuda":  # Triton builds a small C module that launches its kernels
+        language, compilers = "C", [os.environ.get("CC", "gcc"), "gcc", "clang"]
+    else:
+        language, compilers = "C++", [os.environ.get("CXX", "g++"), "g++", "clang++", "c++"]
+    if not any(map(shutil.which, compilers)):
+        return f"no {language} compiler found"
+    headers = (sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"))
+    if not any(Path(folder, "Python.h").exists() for folder in headers):
+        return "no Python.h found; on Debian and Ubuntu: apt install python3-dev"
     return None if sys.version_info < (3, 15) else "torch does not support this Python yet"
 
 

@@ -9,6 +9,7 @@ Shapes: B batch, T time, H heads, G key/value heads (G divides H), K head_dim, D
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
 
-ROWS_OF_LOGITS = 1024  # computed at once in training
+# Rows whose logits are computed at once in training. A CPU wants few, for its caches. A GPU wants more: the product of
+# their gradient with the head has too small a result to fill it, and compiled code keeps each piece's gradient of the
+# head (V, D) to the end, so that memory is least at about sqrt(N D) rows. In fp16 more rows could sum to a gradient
+# beyond 65,504, its largest number: a row adds up to sqrt(D) to a channel.
+ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA = 1024, 4096
 
 
 class Linear(nn.Linear):
@@ -38,7 +43,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        # Autocast on CUDA would return fp32, and all that follows, up to the next product, would be twice as large.
+        with torch.autocast("cuda", enabled=False) if x.device.type == "cuda" else contextlib.nullcontext():
+            return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
 
 
 def rotary_tables(head_dim: int, length: int, base: float) -> tuple[Tensor, Tensor]:
@@ -106,17 +113,22 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x (N, D) and weight (V, D) of one dtype, targets (N,), -1 does not count -> nats, an fp32 scalar."""
+        """x (N, D), weight (V, D), targets (N,), -1 does not count -> nats, an fp32 scalar.
+
+        The products are in x's dtype and the sums over the pieces in fp32, so nothing rounds an fp32 weight's gradient.
+        """
         nats = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, x.size(0), ROWS_OF_LOGITS):
-            piece, target = x[start : start + ROWS_OF_LOGITS], targets[start : start + ROWS_OF_LOGITS, None]
+        weight = weight.to(x.dtype)
+        rows = ROWS_OF_LOGITS_ON_CUDA if x.is_cuda and x.dtype != torch.float16 else ROWS_OF_LOGITS
+        for start in range(0, x.size(0), rows):
+            piece, target = x[start : start + rows], targets[start : start + rows, None]
             log_p = (piece @ weight.mT).float().log_softmax(dim=1)  # (n, V)
             counts = target >= 0
             nats -= (log_p.gather(1, target.clamp(min=0)) * counts).sum()
             is_target = torch.arange(weight.size(0), device=x.device) == target
             grad_logits = ((log_p.exp() - is_target.float()) * counts).to(x.dtype)
-            grad_x[start : start + ROWS_OF_LOGITS] = grad_logits @ weight
+            grad_x[start : start + rows] = grad_logits @ weight
             grad_weight += grad_logits.mT @ piece
         ctx.save_for_backward(grad_x, grad_weight)
         return nats
@@ -176,13 +188,15 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)  # (B, G, S, K), S = seen + T
             if cache.seen > 0 and T > 1:  # query t may look at keys up to seen + t
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.seen)
-        if cache is None and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512:
-            if G != H:
-                k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+        in_blocks = cache is None and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512
+        # Of CUDA's kernels for many queries only flash attention takes shared keys; without bf16 there may be none.
+        if G != H and (in_blocks or (q.is_cuda and q.dtype != torch.bfloat16 and T > 1)):
+            k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+        if in_blocks:
             y = BlockAttention.apply(q, k, v)
         else:
-            is_causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=G != H)
+            causal, shared = mask is None and T > 1, k.size(1) != H
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
         return self.wo(y.transpose(1, 2).reshape(B, T, H * K))
 
 
@@ -199,7 +213,8 @@ class MLP(nn.Module):
         if self.gated:
             gate, up = self.w_up(x).chunk(2, dim=-1)  # (B, T, F) each
             return self.w_down(F.silu(gate) * up)
-        return self.w_down(F.relu(self.w_up(x)).square())
+        up = F.relu(self.w_up(x))
+        return self.w_down(up * up)  # not .square(): autocast on CUDA would return fp32
 
 
 class Block(nn.Module):
@@ -277,8 +292,10 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens exceed the model's context of {self.config.max_length}")
         cos, sin = self.cos[start : start + T], self.sin[start : start + T]
         x = self.embedding(ids)  # (B, T, D)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in the products' dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        products = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if autocast:  # in fp16 the residual stream stays fp32: it is a sum that may pass the largest fp16, 65,504
+            x = x.to(torch.float32 if products == torch.float16 else products)
         again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             if again:
@@ -293,7 +310,7 @@ class GPT(nn.Module):
         if targets is None:
             logits: Tensor = self.head(x)
             return logits
-        return HeadLoss.apply(x.flatten(0, 1), self.head.weight.to(x.dtype), targets.flatten())
+        return HeadLoss.apply(x.flatten(0, 1).to(products), self.head.weight, targets.flatten())
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import TrainingConfig
+from hardware import best_dtype
 from model import GPT
 
 if TYPE_CHECKING:
@@ -33,16 +34,18 @@ _SAFE_POLYNOMIALS = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLYNO
 def orthogonalize(x: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, roughly: all singular values come near 1.
 
-    x (n, rows, columns), any float dtype; computed and returned in bf16, which is enough for a direction.
+    x (n, rows, columns), any float dtype. Returned in bf16, which is enough for a direction; computed in the device's
+    best format, since a GPU before Ampere or a CPU without instructions for bf16 would take several times as long.
     """
     wide = x.size(1) <= x.size(2)
-    x = (x if wide else x.mT).bfloat16()
-    # The polynomials hold for singular values up to 1; the Frobenius norm bounds the largest.
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7).bfloat16()
+    x = x if wide else x.mT
+    # The polynomials hold for singular values up to 1; the Frobenius norm bounds the largest. Small gradients are
+    # nothing in fp16, so they are divided first.
+    x = (x / (x.float().norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)).to(best_dtype(x.device))
     for a, b, c in _SAFE_POLYNOMIALS:
         gram = x @ x.mT  # (n, r, r)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.mT
+    return (x if wide else x.mT).bfloat16()
 
 
 def orthogonalize_together(x: Tensor) -> Tensor:

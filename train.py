@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def train(config: Config) -> int:
         DistributedType,
         FullyShardedDataParallelPlugin,
         GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
         gather_object,
         set_seed,
     )
@@ -80,7 +82,15 @@ def train(config: Config) -> int:
         write_status,
     )
     from files import write_json
-    from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe, peak_flops, why_not_compile
+    from hardware import (
+        AUTOCAST_DTYPES,
+        allow_tf32,
+        choose_precision,
+        default_device,
+        describe,
+        peak_flops,
+        why_not_compile,
+    )
     from memory import fitting_batch_size, usable_memory
     from metrics import Meter, MetricsFile, duration, log_line, plot_loss
     from model import GPT
@@ -91,9 +101,13 @@ def train(config: Config) -> int:
     # ---- where we are -------------------------------------------------------------------
     c = config.train
     precision = choose_precision(default_device(), c.precision)
+    allow_tf32(precision)
     # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # How long the others wait for a process that reads from a slow hub, which may try for longer than NCCL's 10
+    # minutes; then NCCL would end the run with nothing saved.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
     fsdp = None
     if c.fsdp:  # each process keeps some rows of every weight; a block's are gathered while it computes
@@ -105,7 +119,9 @@ def train(config: Config) -> int:
             transformer_cls_names_to_wrap=["Block"],
             reshard_after_forward=True,
             # Gathered in the products' format: autocast would keep a copy of every weight until the backward pass.
-            mixed_precision_policy=MixedPrecisionPolicy(AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32),
+            mixed_precision_policy=MixedPrecisionPolicy(
+                AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
             # Not used; left out, accelerate would take them from variables of the environment.
             cpu_offload=False,
             cpu_ram_efficient_loading=False,
@@ -113,9 +129,9 @@ def train(config: Config) -> int:
         )
     accelerator = Accelerator(
         fsdp_plugin=fsdp,
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision=precision if precision in AUTOCAST_DTYPES else "no",
         cpu=on_cpu,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, patience],
         # Both are ours, below; without these, accelerate takes them from variables of the environment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
@@ -197,7 +213,7 @@ def train(config: Config) -> int:
     if compiled and c.fsdp:
         for block in model.blocks:
             block.compile()
-    trained, *stepped = accelerator.prepare(torch.compile(model) if compiled and not c.fsdp else model, *optimizers)
+    trained, *_ = accelerator.prepare(torch.compile(model) if compiled and not c.fsdp else model, *optimizers)
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
     if newest and state:
@@ -295,14 +311,17 @@ def train(config: Config) -> int:
     meter = Meter()
     position, val_loss = data.state_dict(), None
     first_step = saved_step = step
+    max_grad_norm = c.max_grad_norm or math.inf
     outcome = "complete"
     while c.max_steps == 0 or step < c.max_steps:  # epochs end by themselves: total_steps is about where
         step_started = time.perf_counter()
         waited = data.seconds_waited
         batch = next(data, None)  # None: this process's documents are used up; others may still have some
         save_is_due = c.save_minutes > 0 and step_started - last_save > 60 * c.save_minutes
-        ours = [batch.n_targets if batch else 0, stop_signal.received, save_is_due]
-        n_targets, stop, save_is_due = accelerator.reduce(torch.tensor(ours, device=device), "sum").tolist()
+        sums: list[Any] = [batch.n_targets if batch else 0, stop_signal.received, save_is_due]
+        if world_size > 1:  # one process need not wait for its GPU, still busy with the step before
+            sums = accelerator.reduce(torch.tensor(sums, device=device), "sum").tolist()
+        n_targets, stop, save_is_due = sums
         if stop or n_targets == 0:
             outcome = "stopped" if stop else "complete"
             break
@@ -324,17 +343,23 @@ def train(config: Config) -> int:
                 accelerator.backward(micro_nats * (world_size / n_targets))
             nats += micro_nats.detach()
 
-        loss = accelerator.reduce(nats, "sum").item() / n_targets
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm or math.inf))
-        # fp16's loss scaling meets infinite gradients as a matter of course, and skips those steps by itself.
-        if not math.isfinite(loss) or (precision != "fp16" and not math.isfinite(grad_norm)):
+        # Both are under way before this process waits for its GPU.
+        nats, norm = accelerator.reduce(nats, "sum"), accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        loss, grad_norm = nats.item() / n_targets, float(norm)
+        # fp16's scaled loss gives infinite gradients as a matter of course: then the scale is halved and all optimizers
+        # leave the step out. (accelerate's own step would take the scale out of the second one's gradients twice.)
+        finite, scaler = math.isfinite(grad_norm), accelerator.scaler
+        if not math.isfinite(loss) or not (finite or (scaler and scaler.get_scale() >= 1)):
             raise NonFiniteError(
                 f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
                 f"Continue from the last checkpoint with --resume, or start anew with a lower --train.lr"
             )
-        for optimizer in stepped:
-            optimizer.step()
+        for optimizer in optimizers:
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if scaler:
+            scaler.update()
 
         step += 1
         tokens_seen += n_targets

@@ -599,7 +599,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "shards": {"config", "documents", "files", "hub", "sources", "tokenizer"},
     "prepare_data": {"config", "documents", "errors", "files", "hub", "shards", "sources", "tokenizer"},
     "model": {"config"},
-    "optim": {"config", "model"},
+    "optim": {"config", "hardware", "model"},
     "metrics": {"files"},
     "hardware": {"errors"},
     "memory": {"config", "errors", "model", "optim"},

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hardware import inference_dtype
+from hardware import best_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32 = ("--train.precision", "fp32")
@@ -292,7 +292,7 @@ def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> 
     assert greedy[0].startswith("The people")
     step, _ = script("generate.py", run + "/step-00000010", "--prompt", "The people", "--temperature", "0")
     assert step != greedy[0]
-    if inference_dtype(torch.device("cpu")) == torch.bfloat16:
+    if best_dtype(torch.device("cpu")) == torch.bfloat16:
         rounded, _ = script("generate.py", run, "--prompt", "The people", "--temperature", "0", "--int8")
         assert rounded.startswith("The people")
     else:
