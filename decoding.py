@@ -35,8 +35,9 @@ class DecodeStep:
         dtype = torch.get_autocast_dtype(device) if autocast else model.embedding.weight.dtype
         if int8 and (device, dtype) != ("cpu", torch.bfloat16):
             raise ConfigError("int8 weights are for a CPU that computes in bf16; leave --int8 out")
-        # All between the products is in fp32 on a CPU, which is as fast there, and in the products' format elsewhere.
-        between = torch.float32 if device == "cpu" else dtype
+        # Between the products all is in fp32 on a CPU, where that is as fast, and beside fp16, whose largest number the
+        # residual stream may pass.
+        between = torch.float32 if device == "cpu" or dtype == torch.float16 else dtype
 
         def prepare(weight: Tensor) -> Product:
             return int8_product(weight) if int8 else product(weight.to(dtype))
@@ -110,7 +111,7 @@ def product(weight: Tensor) -> Product:
     single row (bf16).
     """
     if weight.device.type != "cpu":
-        return lambda x: F.linear(x, weight)
+        return lambda x: F.linear(x.to(weight.dtype), weight).to(x.dtype)
     held = weight.float() if weight.numel() <= SMALL else weight
 
     def multiply(x: Tensor) -> Tensor:
