@@ -318,9 +318,10 @@ class DatasetPrep:
         return {"rows": sum(s[-2] for s in states), "documents": sum(s[-1] for s in states), "empty": empty}
 
     def mix(self) -> dict[str, float]:
-        """The share of the rows that each source has had since the run began, in this process's streams."""
-        rows = np.array([[state[-2] for state in stream] for stream in self._delivered.values()]).sum(axis=0)
-        return dict(zip(self.config.current_datasets, (rows / max(1, rows.sum())).tolist(), strict=True))
+        """Each source's share since the run began, in this process's streams: of what data.mix_by counts."""
+        which = -2 if self.config.mix_by == "tokens" else -1  # all rows have the same number of tokens
+        counts = np.array([[state[which] for state in stream] for stream in self._delivered.values()]).sum(axis=0)
+        return dict(zip(self.config.current_datasets, (counts / max(1, counts.sum())).tolist(), strict=True))
 
     def encode(self, document: Document) -> np.ndarray:
         """A document's ids, with end-of-text first."""
@@ -481,6 +482,8 @@ class PrepareConfig(Config):
         for name, least in (("n_shards", 1), ("processes", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use {least} or more")
+        if self.plot and self.write_shards:
+            raise ConfigError("plot is for the preview, and write_shards is given; run the one, then the other")
         if self.plot and not self.plot.endswith(".png"):
             raise ConfigError(f"plot is {self.plot!r}; use a name that ends in .png")
         return super().validate(world_size)
@@ -529,9 +532,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     asked = dict(zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True))
     shares = ", ".join(f"{name} {share:.2%} of {asked[name]:.0%}" for name, share in data.mix().items())
+    shares += f" of the {config.data.mix_by}"
     print(textwrap.fill(shares, 100, initial_indent="share     ", subsequent_indent=" " * 10))
     full = sum(b.n_targets for b in batches) / sum(b.targets.size for b in batches)
-    print(f"packing   {full:.1%} of the positions are targets; {totals['empty']:,} records had no text")
+    print(f"packing   {full:.1%} of the positions are targets; met {totals['empty']:,} records without text")
     for i in range(min(2, len(batches[-1].inputs))):
         row = batches[-1].inputs[i]
         parts = np.split(row, np.flatnonzero(row == tokenizer.eot_id))
@@ -549,6 +553,8 @@ def write(config: PrepareConfig, data: DatasetPrep) -> int:
     from tqdm import tqdm
 
     folder = Path(config.write_shards).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"write_shards is {folder}, which is a file; name a folder, which may be new")
     bars: dict[str, tqdm] = {}
     progress = write_shards(
         folder, data.sources, data.tokenizer, config.data, config.n_shards, config.processes or os.cpu_count() or 1
@@ -576,13 +582,14 @@ def plot_lengths(lengths: dict[str, list[int]], path: Path) -> None:
         len(lengths), 1, figsize=(8, 1 + 2 * len(lengths)), sharex=True, squeeze=False, layout="constrained"
     )
     every = list(itertools.chain(*lengths.values()))
-    bins = np.geomspace(min(every), max(every) + 1, 60)
+    bins = np.unique(np.geomspace(min(every), max(every) + 1, 60).round())  # none narrower than a token
     for (name, values), axes in zip(lengths.items(), panels[:, 0], strict=True):
         axes.hist(values, bins=bins)
         axes.axvline(float(np.mean(values)), color="black", linestyle="--", label=f"mean {np.mean(values):,.0f}")
-        axes.set(xscale="log", ylabel="documents", title=f"{name}: {len(values):,} documents")
+        axes.set(xscale="log", ylabel="documents", title=f"{name}: a sample of {len(values):,} documents")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        within_a_decade = max(every) < 10 * min(every)  # then the powers of ten alone are too few labels
+        axes.xaxis.set_minor_formatter(EngFormatter(sep="") if within_a_decade else NullFormatter())
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend()
     panels[-1, 0].set_xlabel("tokens per document")

@@ -173,13 +173,14 @@ def _resolve_shards(name: str, folder: Path) -> Source:
     settings = read_shard_settings(folder)
     if settings is None:
         raise DataError(
-            f"{folder} holds no shards of {name}; make them with python prepare_data.py --write_shards {folder.parent}"
+            f"{folder} holds no shards of {name}; make them with python prepare_data.py --write_shards {folder.parent} "
+            f"and this run's preset and data options"
         )
     files = sorted(str(path) for path in folder.glob("shard-*.bin") if path.with_suffix(".npy").exists())
     if len(files) != settings["n_shards"]:
         raise DataError(
             f"{folder} holds {len(files)} of {settings['n_shards']} shards; run prepare_data.py --write_shards "
-            f"{folder.parent} again to finish them"
+            f"{folder.parent} again, with the same options, to finish them"
         )
     sizes = tuple(Path(f).stat().st_size for f in files)
     documents = sum(len(_shard_index(f)) for f in files)
@@ -437,10 +438,10 @@ def _text_of(source: Source, path: str, row: int, record: Any) -> str:
         try:
             record = json.loads(record)
         except (ValueError, RecursionError) as error:
-            raise CorruptRecord(f"{path}, record {row}, is not JSON: {error}") from None
+            raise CorruptRecord(f"{path}, record {row + 1}, is not JSON ({error}); mend or remove it") from None
     if not isinstance(record, dict) or source.text_field not in record:
         raise TextFieldMissing(_missing(source.text_field, list(record) if isinstance(record, dict) else [], path))
-    return _checked(record[source.text_field], path, f"record {row}")
+    return _checked(record[source.text_field], path, f"record {row + 1}")
 
 
 def _checked(text: Any, path: str, where: str) -> str:

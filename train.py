@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if checkpoint := sys.modules.get("checkpoint"):  # importing it now would hide an interrupt of its import
             code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
-            message, code = explain(error) or (repr(error), code)
+            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+            message, code = explain(error) or ("interrupted" if interrupted else repr(error), code)
             with contextlib.suppress(AttributeError):  # half imported
                 checkpoint.write_failure(run_folder(config), message, code)
         raise
@@ -182,8 +183,13 @@ def train(config: Config) -> int:
     rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
     if c.fit_memory:
         usable = usable_memory(device) // (world_size if on_cpu else 1)
-        fitting = fitting_batch_size(config, rows_per_step // world_size, usable, world_size)
-        c = dataclasses.replace(c, batch_size=int(accelerator.gather(torch.tensor([fitting], device=device)).min()))
+        fitting = torch.tensor(
+            [fitting_batch_size(config, rows_per_step // world_size, usable, world_size)], device=device
+        )
+        say(
+            f"memory    {usable / 2**30:.1f} GB to use: {int(fitting)} rows of {config.model.max_length} tokens at once"
+        )
+        c = dataclasses.replace(c, batch_size=int(accelerator.gather(fitting).min()))
     config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
     c, tokens_per_step = config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
@@ -249,7 +255,7 @@ def train(config: Config) -> int:
     if 0 < c.max_steps <= step:
         say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
         if is_main:
-            write_status(run_dir, "complete", step)
+            write_status(run_dir, "complete", step, exit_code=0)
         return 0
     if is_main:
         write_json(run_dir / "config.json", config.to_dict())
@@ -388,7 +394,7 @@ def train(config: Config) -> int:
         val_loss = validate() if outcome == "complete" else None
         save()
     if is_main:
-        write_status(run_dir, outcome, step)
+        write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)
     elapsed = duration(time.perf_counter() - started)
     say(f"{outcome} at step {step}: {tokens_seen / 1e6:,.1f}M tokens, this time in {elapsed}")
     if outcome == "stopped":

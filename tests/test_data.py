@@ -685,6 +685,8 @@ def test_shares_of_tokens_are_the_probabilities_however_long_the_documents(
 def test_shares_of_documents_are_the_probabilities_when_mixed_by_documents(short_and_long: Register) -> None:
     with opened(short_and_long((0.7, 0.3), mix_by="documents"), rows=64) as data:
         batches = list(itertools.islice(data, 120))
+        told = data.mix()
+    assert told["SHORT"] == pytest.approx(0.7, abs=0.02)  # in documents, as asked
     after_eot = [t for batch in batches for t in batch.targets[batch.inputs == EOT].tolist()]
     share = after_eot.count(ord("s")) / len(after_eot)
     assert len(after_eot) > 1000
@@ -898,15 +900,15 @@ BROKEN: dict[str, tuple[type[Exception], str]] = {
     "empty.parquet": (CorruptRecord, "truncated"),
     "nonsense.parquet": (CorruptRecord, "not a parquet file"),
     "latin1.txt": (CorruptRecord, "not UTF-8 text at byte 2; convert it"),
-    "latin1.jsonl": (CorruptRecord, "record 7, is not JSON"),
-    "half a line.jsonl": (CorruptRecord, "record 7, is not JSON"),
+    "latin1.jsonl": (CorruptRecord, "record 8, is not JSON"),
+    "half a line.jsonl": (CorruptRecord, "record 8, is not JSON"),
     "list.jsonl": (TextFieldMissing, "no field 'text'"),
     "cut.jsonl.gz": (CorruptRecord, "truncated"),
     "plain.jsonl.gz": (CorruptRecord, "Not a gzipped file"),
     "footer.parquet": (CorruptRecord, "cannot be read"),
     "page.parquet": (CorruptRecord, "row group 0, cannot be decoded"),
-    "number texts.jsonl": (CorruptRecord, "record 1, has a text that is int"),
-    "list texts.jsonl": (CorruptRecord, "record 1, has a text that is list"),
+    "number texts.jsonl": (CorruptRecord, "record 2, has a text that is int"),
+    "list texts.jsonl": (CorruptRecord, "record 2, has a text that is list"),
     "number texts.parquet": (CorruptRecord, "has a text that is int"),
     "bytes texts.parquet": (CorruptRecord, "has a text that is bytes"),
 }
@@ -1033,7 +1035,7 @@ def test_the_script_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
-    assert f"{path}, record 7" in lines[0]
+    assert f"{path}, record 8" in lines[0]
 
 
 # ---- the end ----------------------------------------------------------------------------------------

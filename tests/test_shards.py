@@ -409,7 +409,7 @@ def test_a_damaged_record_ends_the_writing_by_name_and_its_shard_does_not_count(
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [*texts_of("d", 40), 5])
     assert write(tmp_path, file, tokenizer="gpt2") == 3
-    assert f"{file}, record 40, has a text that is int" in capsys.readouterr().err
+    assert f"{file}, record 41, has a text that is int" in capsys.readouterr().err
     assert len(list((tmp_path / "shards/LOCAL").glob("*.npy"))) < N_SHARDS
 
 
