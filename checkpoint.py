@@ -11,7 +11,6 @@ renamed, so a folder named step-* is always complete. `load_model` is the one do
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from config import Config
 from errors import ConfigError, UserError
-from files import PARTIAL, write_json
+from files import PARTIAL, lock_folder, write_json
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -75,20 +74,9 @@ def open_run(run_dir: Path) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a+")
+        lock = lock_folder(run_dir, "choose another --train.run_name")
     except OSError as error:
         raise DiskError(f"cannot write to {run_dir} ({error.strerror}); choose another --train.out_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise ConfigError(
-            f"{run_dir} is in use by process {lock.read().strip() or '?'}; stop it or choose another --train.run_name"
-        ) from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(str(os.getpid()))
-    lock.flush()
     for leftover in run_dir.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock

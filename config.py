@@ -424,10 +424,11 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
                 preset = arguments[i + 1]
             del arguments[i : i + (1 if equals else 2)]
             break
-    for i, argument in enumerate(arguments):  # the number itself stays: with the accumulation it is the batch
-        if argument == "--train.batch_size=auto" or arguments[i : i + 2] == ["--train.batch_size", "auto"]:
-            arguments[i : i + (1 if "=" in argument else 2)] = ["--train.fit_memory"]
-            break
+    for i in reversed(range(len(arguments))):  # the number itself stays: with the accumulation it is the batch
+        name, equals, value = arguments[i].partition("=")
+        words = [value] if equals else arguments[i + 1 : i + 2]
+        if name.replace("-", "_") == "__train.batch_size" and words == ["auto"]:
+            arguments[i : i + (1 if equals else 2)] = ["--train.fit_memory"]
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")
     description += f"\n\n--preset NAME starts from one of: {', '.join(PRESETS)} (shown here: {preset})"

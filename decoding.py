@@ -127,4 +127,7 @@ def int8_product(weight: Tensor) -> Product:
     rows = weight.float()
     scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     rounded, scales = (rows / scale).round().to(torch.int8), scale[:, 0].bfloat16()
-    return lambda x: torch.ops.aten._weight_int8pack_mm(x.bfloat16(), rounded, scales).float()
+    # That product reads 16 weights at a time, and beyond the end of a row whose length is no multiple of it.
+    missing = -rows.size(1) % 16
+    rounded = F.pad(rounded, (0, missing))
+    return lambda x: torch.ops.aten._weight_int8pack_mm(F.pad(x.bfloat16(), (0, missing)), rounded, scales).float()

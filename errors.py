@@ -73,7 +73,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     cut_short = type(error) is OSError and error.errno is None  # numpy's, for an array that had no room
     if isinstance(error, OSError) and (cut_short or error.errno in _DISK_ERRORS):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}; free some space, or choose a place that can be written", 6
+        gone = error.errno == errno.ENOENT
+        remedy = "has another program removed it?" if gone else "free some space, or choose a place that can be written"
+        return f"{place}{error.strerror or error}; {remedy}", 6
     # torch's own classes, by name: this module imports the standard library only.
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     if out_of_memory or isinstance(error, MemoryError):

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from checkpoint import find_checkpoint, load_model, read_state
     from files import write_json
     from hardware import best_dtype, default_device, describe
-    from metrics import Score, score_rows, without_nan
+    from metrics import Score, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
 
@@ -71,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"{path} | step {step:,} | {model.parameter_counts()['total'] / 1e6:.1f}M parameters | {describe(device)}\n")
     scores: dict[str, Score] = {}
+    batch_size = rows_to_score(arguments.batch_size, model.config.max_length, model.config.vocab_size)
     for name, rows in data.validation_rows().items():
-        batches = range(0, len(rows), arguments.batch_size)
+        batches = range(0, len(rows), batch_size)
         scores[name] = Score.concatenate(
             [
-                score_rows(model, rows[i : i + arguments.batch_size], token_byte_length, arguments.batch_size)
+                score_rows(model, rows[i : i + batch_size], token_byte_length, batch_size)
                 for i in tqdm(batches, desc=name, leave=False, disable=None)
             ]
         )

@@ -1,13 +1,17 @@
-"""Files that are whole or not there: written under another name, flushed to the disk, then renamed."""
+"""Files that are whole or not there, and folders that one process has to itself."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from errors import ConfigError
 
 PARTIAL = ".tmp-"  # what names of unfinished files and folders begin with; a process that was killed leaves them
 
@@ -19,7 +23,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Creates its folder. An OSError always names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    # Not the process's number alone: two containers that share a disk may count alike.
+    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with partial.open("wb") as file:
             yield file
@@ -31,6 +36,22 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path, remedy: str) -> IO[str]:
+    """Hold folder/.lock, until the returned file is closed or the process ends. Raises ConfigError if another does."""
+    lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip() or "?"
+        raise ConfigError(f"{folder} is in use by process {owner}; stop it or {remedy}") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:

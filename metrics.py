@@ -60,6 +60,11 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]
     return float(value), float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / total)
 
 
+def rows_to_score(batch_size: int, length: int, n_vocab: int) -> int:
+    """batch_size, or fewer if the rows' logits were more than 2^27 numbers: half a gigabyte, and copies of it."""
+    return min(batch_size, max(1, 2**27 // (length * n_vocab)))
+
+
 @torch.inference_mode()
 def score_rows(
     model: Callable[[Tensor], Tensor], rows: np.ndarray, token_byte_length: Tensor, batch_size: int

@@ -482,6 +482,10 @@ class PrepareConfig(Config):
         for name, least in (("n_shards", 1), ("processes", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use {least} or more")
+        if self.write_shards and self.data.shards_dir:
+            raise ConfigError(
+                "write_shards makes shards of text, and data.shards_dir holds some; leave one of them out"
+            )
         if self.plot and self.write_shards:
             raise ConfigError("plot is for the preview, and write_shards is given; run the one, then the other")
         if self.plot and not self.plot.endswith(".png"):

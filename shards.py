@@ -27,7 +27,7 @@ import numpy as np
 
 from config import DataConfig
 from documents import DocumentStream
-from files import PARTIAL, whole_file, write_json
+from files import PARTIAL, lock_folder, whole_file, write_json
 from hub import DataError, check_stop, reader
 from sources import SHARD_INDEX, Source, Tokenized, document_hash, read_shard_settings
 from tokenizer import Tokenizer
@@ -53,6 +53,7 @@ def write_shards(
     Shards that are there already are kept. Raises DataError when they were made with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder, "choose another folder")
     path = folder / "tokenizer.json"  # one for all datasets
     if path.exists() and path.read_text().rstrip() != json.dumps(tokenizer.to_dict()):
         raise DataError(f"{folder} holds shards made with another tokenizer; choose another folder, or remove it")
@@ -83,6 +84,7 @@ def write_shards(
                 yield source.name, ready
         for leftover in place.glob(f"{PARTIAL}*"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
+    lock.close()
 
 
 def _in_processes(jobs: list[_Job], processes: int) -> Iterator[None]:

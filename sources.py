@@ -235,7 +235,7 @@ def _local_files(paths: Iterable[str]) -> list[str]:
         if not found:
             raise DataError(f"data.local_files: {path} is or holds none of {', '.join('*' + k for k in known)}")
         files += found
-    return [str(f) for f in dict.fromkeys(files)]
+    return [str(f) for f in {f.resolve(): f for f in reversed(files)}.values()][::-1]  # a file once, by whatever names
 
 
 def _content(path: str) -> str:

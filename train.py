@@ -182,6 +182,8 @@ def train(config: Config) -> int:
         write_status(run_dir, "running", newest.step if newest else 0)
     rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
     if c.fit_memory:
+        one_row = dataclasses.replace(config, train=dataclasses.replace(c, batch_size=1))
+        keep_rows_per_step(one_row, rows_per_step, world_size).check_layout(world_size)
         usable = usable_memory(device) // (world_size if on_cpu else 1)
         fitting = torch.tensor(
             [fitting_batch_size(config, rows_per_step // world_size, usable, world_size)], device=device
@@ -409,9 +411,10 @@ def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> C
     """The configuration with the accumulation that keeps a saved run's rows per step on this many devices."""
     rows_at_once = config.train.batch_size * world_size
     if rows_per_step % rows_at_once:
+        remedy = "choose another --train.batch_size" if config.train.batch_size > 1 else "use fewer"
         raise ConfigError(
             f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
-            f"{config.train.batch_size} x {world_size} devices; choose another --train.batch_size"
+            f"{config.train.batch_size} x {world_size} devices; {remedy}"
         )
     train = dataclasses.replace(config.train, gradient_accumulation_steps=rows_per_step // rows_at_once)
     return dataclasses.replace(config, train=train)
@@ -446,9 +449,10 @@ def validation_scores(
     """Score.summary of each dataset's held-out rows, and of "all" together. The processes share the rows."""
     from accelerate.utils import gather_object
 
-    from metrics import Score, score_rows
+    from metrics import Score, rows_to_score, score_rows
 
     scores = {}
+    batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
     for name, rows in held_out.items():
         share = rows[accelerator.process_index :: accelerator.num_processes]
         if len(share) % batch_size == 0 and len(share) * accelerator.num_processes < len(rows):

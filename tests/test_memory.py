@@ -102,7 +102,11 @@ def test_usable_memory_is_some_of_what_the_machine_has() -> None:
     assert 2**26 < usable_memory(torch.device("cpu")) < 1024 * total
 
 
-@pytest.mark.parametrize("arguments", [["--train.batch_size", "auto"], ["--train.batch_size=auto"]], ids=repr)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--train.batch_size", "auto"], ["--train.batch_size=auto"], ["--train.batch-size", "auto"] * 2],
+    ids=repr,
+)
 def test_batch_size_auto_fits_the_memory_and_keeps_the_tokens_per_step(arguments: list[str]) -> None:
     config = load_config(["--preset", "smoke", *arguments, "--train.gradient_accumulation_steps", "3"], "", Config)
     assert config.train.fit_memory

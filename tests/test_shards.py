@@ -25,7 +25,8 @@ import prepare_data
 import sources
 from config import DataConfig
 from documents import DocumentStream
-from errors import exit_code_of
+from errors import ConfigError, exit_code_of
+from files import lock_folder
 from hub import DataError
 from prepare_data import DatasetPrep
 from sources import SHARD_INDEX, CorruptRecord, Tokenized, document_hash, resolve_source
@@ -491,3 +492,21 @@ def test_damaged_settings_of_shards_are_one_line(copy: tuple[Path, DataConfig], 
     (Path(config.shards_dir) / name).write_text(content)
     with pytest.raises(DataError, match="damaged"):
         DatasetPrep(config, 16, 4)
+
+
+def test_a_second_writer_of_the_same_folder_is_sent_away(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 60))
+    (tmp_path / "shards").mkdir()
+    lock = lock_folder(tmp_path / "shards", "choose another folder")
+    with pytest.raises(
+        ConfigError, match=rf"shards is in use by process {os.getpid()}; stop it or choose another folder"
+    ):
+        prepare_data.main(options(tmp_path, file, n_shards=2))
+    lock.close()
+    assert prepare_data.main(options(tmp_path, file, n_shards=2)) == 0
+
+
+def test_shards_are_not_made_of_shards(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 60))
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        prepare_data.main([*options(tmp_path, file, n_shards=2), "--data.shards_dir", str(tmp_path)])
