@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, load_config
+from config import Config, TrainingConfig, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
 
 if TYPE_CHECKING:
@@ -58,16 +58,7 @@ def run_folder(config: Config) -> Path:
 def train(config: Config) -> int:
     """The run, from the data to the last checkpoint. Returns the exit code: 0, or STOPPED. Raises UserError."""
     import torch
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        DistributedType,
-        FullyShardedDataParallelPlugin,
-        GradientAccumulationPlugin,
-        InitProcessGroupKwargs,
-        gather_object,
-        set_seed,
-    )
+    from accelerate.utils import gather_object, set_seed
     from tqdm import tqdm
 
     from checkpoint import (
@@ -84,7 +75,6 @@ def train(config: Config) -> int:
     )
     from files import write_json
     from hardware import (
-        AUTOCAST_DTYPES,
         allow_tf32,
         choose_precision,
         default_device,
@@ -103,50 +93,10 @@ def train(config: Config) -> int:
     c = config.train
     precision = choose_precision(default_device(), c.precision)
     allow_tf32(precision)
-    # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    # How long the others wait for a process that reads from a slow hub, which may try for longer than NCCL's 10
-    # minutes; then NCCL would end the run with nothing saved.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
-    fsdp = None
-    if c.fsdp:  # each process keeps some rows of every weight; a block's are gathered while it computes
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        fsdp = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
-            reshard_after_forward=True,
-            # Gathered in the products' format: autocast would keep a copy of every weight until the backward pass.
-            mixed_precision_policy=MixedPrecisionPolicy(
-                AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
-            ),
-            # Not used; left out, accelerate would take them from variables of the environment.
-            cpu_offload=False,
-            cpu_ram_efficient_loading=False,
-            activation_checkpointing=False,
-        )
-    accelerator = Accelerator(
-        fsdp_plugin=fsdp,
-        mixed_precision=precision if precision in AUTOCAST_DTYPES else "no",
-        cpu=on_cpu,
-        kwargs_handlers=[ddp, patience],
-        # Both are ours, below; without these, accelerate takes them from variables of the environment.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-    )
+    accelerator = start_processes(c, precision, on_cpu)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
-    if c.fsdp and world_size == 1:
-        raise ConfigError(
-            "train.fsdp divides the model among several devices, and this run has one; start a process for each, "
-            "such as accelerate launch --num_processes=8 train.py, or leave --train.fsdp out"
-        )
-    if c.fsdp and on_cpu:  # where accelerate ignores the plugin, though FSDP2 works
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = fsdp
     progress = tqdm(disable=not (is_main and sys.stderr.isatty()), unit="step", leave=False)
 
     def say(text: str) -> None:
@@ -185,13 +135,11 @@ def train(config: Config) -> int:
         one_row = dataclasses.replace(config, train=dataclasses.replace(c, batch_size=1))
         keep_rows_per_step(one_row, rows_per_step, world_size).check_layout(world_size)
         usable = usable_memory(device) // (world_size if on_cpu else 1)
-        fitting = torch.tensor(
-            [fitting_batch_size(config, rows_per_step // world_size, usable, world_size)], device=device
-        )
+        fitting = fitting_batch_size(config, rows_per_step // world_size, usable, world_size)
+        c = dataclasses.replace(c, batch_size=int(accelerator.gather(torch.tensor([fitting], device=device)).min()))
         say(
-            f"memory    {usable / 2**30:.1f} GB to use: {int(fitting)} rows of {config.model.max_length} tokens at once"
+            f"memory    {usable / 2**30:.1f} GB to use: {c.batch_size} rows of {config.model.max_length} tokens at once"
         )
-        c = dataclasses.replace(c, batch_size=int(accelerator.gather(fitting).min()))
     config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
     c, tokens_per_step = config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
@@ -405,6 +353,64 @@ def train(config: Config) -> int:
     if lock:
         lock.close()
     return STOPPED if outcome == "stopped" else 0
+
+
+def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
+    """Join this run's processes: DDP, or with train.fsdp FSDP2. Raises ConfigError for FSDP with one process."""
+    import torch
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        DistributedType,
+        FullyShardedDataParallelPlugin,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
+
+    from hardware import AUTOCAST_DTYPES
+
+    # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # How long the others wait for a process that reads from a slow hub, which may try for longer than NCCL's 10
+    # minutes; then NCCL would end the run with nothing saved.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    fsdp = None
+    if c.fsdp:  # each process keeps some rows of every weight; a block's are gathered while it computes
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        fsdp = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            reshard_after_forward=True,
+            # Gathered in the products' format: autocast would keep a copy of every weight until the backward pass.
+            mixed_precision_policy=MixedPrecisionPolicy(
+                AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            # Not used; left out, accelerate would take them from variables of the environment.
+            cpu_offload=False,
+            cpu_ram_efficient_loading=False,
+            activation_checkpointing=False,
+        )
+    accelerator = Accelerator(
+        fsdp_plugin=fsdp,
+        mixed_precision=precision if precision in AUTOCAST_DTYPES else "no",
+        cpu=on_cpu,
+        kwargs_handlers=[ddp, patience],
+        # Both are ours, below; without these, accelerate takes them from variables of the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
+    if c.fsdp and accelerator.num_processes == 1:
+        raise ConfigError(
+            "train.fsdp divides the model among several devices, and this run has one; start a process for each, "
+            "such as accelerate launch --num_processes=8 train.py, or leave --train.fsdp out"
+        )
+    if c.fsdp and on_cpu:  # where accelerate ignores the plugin, though FSDP2 works
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = fsdp
+    return accelerator
 
 
 def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> Config:

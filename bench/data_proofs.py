@@ -47,7 +47,7 @@ def work(job: dict[str, Any]) -> None:
     from config import DataConfig
     from prepare_data import DatasetPrep
 
-    documents.RETRY_SECONDS = (0.05,) * 30  # type: ignore[assignment]
+    documents.RETRY_SECONDS = (0.05,) * 30
     documents.LONGEST_WAIT = 1
     config = DataConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["data"].items()})
     world, n = job["world"], config.n_streams
@@ -223,8 +223,8 @@ def epoch(folder: Path) -> dict[str, Any]:
 
     config = DataConfig(**local_data(folder))
     sources = [resolve_source(name, config) for name in config.current_datasets]
-    everything = {s.name: sorted(DocumentStream(s, config, 0, 1, 1, held_out=None)) for s in sources}  # type: ignore[type-var]
-    held_out = {s.name: sorted(DocumentStream(s, config, 0, 1, 1, held_out=True)) for s in sources}  # type: ignore[type-var]
+    everything = {s.name: sorted(DocumentStream(s, config, 0, 1, 1, held_out=None)) for s in sources}
+    held_out = {s.name: sorted(DocumentStream(s, config, 0, 1, 1, held_out=True)) for s in sources}
     passed, sequences = True, set()
     for world in (1, 2, 4, 8):
         for source in sources:
@@ -232,7 +232,7 @@ def epoch(folder: Path) -> dict[str, Any]:
             for rank in range(world):
                 for v in range(rank, config.n_streams, world):
                     trained += list(DocumentStream(source, config, v, config.n_streams, epochs=1))
-            passed &= sorted(trained + held_out[source.name]) == everything[source.name]  # type: ignore[type-var]
+            passed &= sorted(trained + held_out[source.name]) == everything[source.name]
         log = finish(job_of(folder, f"epoch{world}", local_data(folder), world=world, epochs=1, steps=10**9))
         sequences.add(hashlib.sha256("".join(log).encode()).hexdigest()[:16])
     return {

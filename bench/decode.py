@@ -63,7 +63,7 @@ def theirs(shape: GPTConfig, n_vocab: int, tokens: int, dtype: torch.dtype) -> C
 
     def decode() -> None:
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)  # type: ignore
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
         assert out.shape[1] == PROMPT + tokens
 
     return decode

@@ -252,7 +252,7 @@ def training_speed(box: Box, config: Config, rows: int, compiled: bool) -> dict[
         "update ms": {},
     }  # fmt: skip
     for optimizer, lr in (("muon", 0.02), ("adamw", 6e-4)):
-        optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, lr=lr))  # type: ignore[arg-type]
+        optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer, lr=lr))
 
         def update(optimizers: list[torch.optim.Optimizer] = optimizers) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
