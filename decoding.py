@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import ConfigError
-from model import GPT, Block, KVCache
+from model import GPT, Block, KVCache, RMSNorm
 
 Product = Callable[[Tensor], Tensor]  # x (B, inputs) -> x W^T (B, outputs)
 SMALL = 2**19  # weights in a matrix that a CPU multiplies faster in fp32: from its caches, starting takes longest
@@ -53,10 +53,12 @@ class DecodeStep:
             )
             for b in blocks
         ]  # fmt: skip
-        # Scale of the normed queries and keys of all layers, (layers, H + G, K), to be joined with the rotation:
+        # Scale of the (normed) queries and keys of all layers, (layers, H + G, K), to be joined with the rotation:
         # rotate(w x) = (w cos) x + (w' sin') x', where ' swaps the halves of the channels.
-        norms = [(b.attention.q_norm.weight, b.attention.k_norm.weight) for b in blocks]
-        scales = [torch.cat((q.expand(c.n_heads, -1), k.expand(c.n_kv_heads, -1))) for q, k in norms]
+        ones = torch.ones(c.head_dim, device=model.device)
+        norms = [(b.attention.q_norm, b.attention.k_norm) for b in blocks]
+        weights = [[norm.weight if isinstance(norm, RMSNorm) else ones for norm in pair] for pair in norms]
+        scales = [torch.cat((q.expand(c.n_heads, -1), k.expand(c.n_kv_heads, -1))) for q, k in weights]
         self._scales = torch.stack(scales).to(between)
         self._swapped_scales = self._scales.roll(c.head_dim // 2, dims=-1)
         self._cos = torch.cat((model.cos, model.cos), dim=1).to(between)  # (max_length, K)
@@ -80,7 +82,7 @@ class DecodeStep:
         x = F.embedding(ids, self._embedding).to(self._dtype)  # (B, D)
         for layer, (attention_norm, wqkv, wo, mlp_norm, w_up, w_down) in enumerate(self._layers):
             qkv = wqkv(normed(x, c.norm_eps) * attention_norm).view(B, H + 2 * G, K)
-            qk = normed(qkv[:, : H + G], c.norm_eps)
+            qk = normed(qkv[:, : H + G], c.norm_eps) if c.qk_norm else qkv[:, : H + G]
             qk = torch.addcmul(qk * cos[layer], qk.roll(K // 2, dims=-1), sin[layer])  # (B, H + G, K)
             k, v = cache.extend(layer, qk[:, H:, None], qkv[:, H + G :, None])  # (B, G, t + 1, K)
             q = qk[:, :H, None].to(k.dtype)

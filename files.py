@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,32 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which gets its name when all of it is on the disk.
+
+    What a killed process left of it is taken away. Raises ConfigError when the name is taken (by more than an empty
+    folder), or while another process is at it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"{path} exists already; choose another name, or remove it first")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock_folder(partial, "choose another name") as lock:
+        try:
+            for leftover in partial.iterdir():
+                if leftover.name != ".lock":
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield partial
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            Path(lock.name).unlink()
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def lock_folder(folder: Path, remedy: str) -> IO[str]:

@@ -1,8 +1,8 @@
 """The model: token ids in, logits out.
 
 A decoder-only transformer in today's common form: pre-norm RMSNorm, rotary positions, normed queries and
-keys, SwiGLU, no biases. Each choice exists in Hugging Face's Qwen3 (or, with relu2, Apertus): a test compares the
-logits, so that trained weights fit there without remote code.
+keys, SwiGLU, no biases. Each choice exists in Hugging Face's Qwen3 (or, with relu2, Apertus; without QK-norm, Llama),
+so that weights fit there, and theirs here, without remote code: interop.py.
 
 Shapes: B batch, T time, H heads, G key/value heads (G divides H), K head_dim, D d_model, F d_ff, V vocabulary.
 """
@@ -165,7 +165,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245) and QK-norm (arXiv:2302.05442)."""
+    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245) and, unless switched off, QK-norm
+    (arXiv:2302.05442)."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -173,8 +174,8 @@ class Attention(nn.Module):
         # Queries, keys and values in one product: (H + 2G) K rows.
         self.wqkv = Linear(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
         self.wo = Linear(c.n_heads * c.head_dim, c.d_model)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape

@@ -28,17 +28,19 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2's way to cut text into words (Radford et al. 2019), with numbers cut to three digits as GPT-4 does.
 BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+PATTERNS = {  # of each tokenizer, by its name
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "bpe": BPE_PATTERN,
+}
 # The published patterns, and the same languages in a form that matches 1.5 times as fast. A pattern with a lookahead or
 # a possessive "++" goes to a backtracking engine, one alternative after the other; what it has in one group without
 # either goes to a finite automaton at once. And "+" at the end of an alternative has nothing to give back to.
 _FAST_PATTERNS = {
     BPE_PATTERN: r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+",
-    # gpt2
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s":
-        r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s",
-    # cl100k_base
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s":
+    PATTERNS["gpt2"]: r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s",
+    PATTERNS["cl100k_base"]:
         r"(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*)"
         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
 }  # fmt: skip
@@ -112,8 +114,60 @@ class Tokenizer:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Tokenizer:
         """The inverse of to_dict."""
+        if "definition" in values:
+            return HubTokenizer(values["definition"], values["eot_id"])
         tokens = [base64.b64decode(token) for token in values["tokens"]]
         return Tokenizer(values["name"], values["pattern"], tokens, values["special_ids"])
+
+
+class HubTokenizer(Tokenizer):
+    """The tokenizer.json of an imported model, with the ids that transformers gives; `tokenizers` encodes.
+
+    definition: the file's content. Its special tokens are ordinary text here too, and its post-processor, which puts
+    them around a text, is left out: what stands before a text is eot_id. Raises ConfigError unless it is a byte-level
+    BPE: only then do ids stand for bytes.
+    """
+
+    def __init__(self, definition: dict[str, Any], eot_id: int):
+        from tokenizers import Tokenizer as Fast
+
+        self._definition = definition | {"post_processor": None, "truncation": None, "padding": None}
+        model, decoder = definition["model"], definition.get("decoder") or {}
+        if (model.get("type"), decoder.get("type"), model.get("dropout")) != ("BPE", "ByteLevel", None):
+            raise ConfigError("its tokenizer.json is not a byte-level BPE, such as those of Llama 3, Qwen and SmolLM")
+        try:
+            self._fast = Fast.from_str(json.dumps(self._definition))
+        except Exception as error:  # `tokenizers` has no class of its own for it
+            raise ConfigError(f"its tokenizer.json cannot be read ({error})") from None
+        self._fast.encode_special_tokens = True
+        byte_of = {character: byte for byte, character in bytes_as_characters().items()}
+        added = {token["content"]: token for token in definition.get("added_tokens", [])}
+        texts = {i: bytes(byte_of[c] for c in token) for token, i in model["vocab"].items() if token not in added}
+        texts |= {token["id"]: text.encode() for text, token in added.items() if not token["special"]}
+        self._bytes = texts | {token["id"]: text.encode() for text, token in added.items() if token["special"]}
+        if eot_id not in self._bytes:
+            raise ConfigError(f"its end-of-text is {eot_id}, which tokenizer.json does not have")
+        self.name, self.n_vocab, self.eot_id = "imported", max(self._bytes) + 1, eot_id
+        self.token_byte_length = np.zeros(self.n_vocab, dtype=np.int64)
+        for i, text in texts.items():
+            self.token_byte_length[i] = len(text)
+        self.fingerprint = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickled for other processes: `tokenizers` would forget a setting
+        return HubTokenizer, (self._definition, self.eot_id)
+
+    def encode(self, text: str) -> np.ndarray:
+        """As Tokenizer.encode."""
+        ids = self._fast.encode(without_surrogates(text), add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
+
+    def decode_token(self, token_id: int) -> bytes:
+        """As Tokenizer.decode_token."""
+        return self._bytes[int(token_id)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Tokenizer.to_dict."""
+        return {"name": self.name, "eot_id": self.eot_id, "definition": self._definition}
 
 
 def without_surrogates(text: str) -> str:
@@ -167,7 +221,7 @@ def train_bpe(texts: Iterable[str], n_vocab: int) -> Tokenizer:
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
-    byte_of = {character: byte for byte, character in _bytes_as_characters().items()}
+    byte_of = {character: byte for byte, character in bytes_as_characters().items()}
     vocabulary = trained.get_vocab()
     tokens = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
     if len(tokens) != n_vocab - 1:
@@ -178,7 +232,7 @@ def train_bpe(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     return Tokenizer("bpe", BPE_PATTERN, tokens, {END_OF_TEXT: n_vocab - 1})
 
 
-def _bytes_as_characters() -> dict[int, str]:
+def bytes_as_characters() -> dict[int, str]:
     """Byte -> the printable character by which GPT-2's vocabulary files, and `tokenizers`, write it."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]

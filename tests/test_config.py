@@ -603,7 +603,8 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "metrics": {"files"},
     "hardware": {"errors"},
     "memory": {"config", "errors", "model", "optim"},
-    "checkpoint": {"config", "errors", "files", "model", "tokenizer"},
+    "interop": {"config", "errors", "tokenizer"},
+    "checkpoint": {"config", "errors", "files", "interop", "model", "tokenizer"},
     "decoding": {"errors", "model"},
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
 }

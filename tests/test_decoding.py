@@ -15,6 +15,7 @@ from model import GPT, KVCache
 Build = Callable[..., GPT]
 SHAPES = [
     {}, {"mlp": "relu2"}, {"n_kv_heads": 1}, {"tie_embeddings": True}, {"head_dim": 24}, {"norm_eps": 0.1},
+    {"qk_norm": False, "n_kv_heads": 2},
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The model: what may be seen, the cache, the counts, and that Hugging Face's Qwen3 computes the same."""
+"""The model: what may be seen, the cache, the counts. (That transformers computes the same: test_export.py.)"""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one key head, narrow": {"n_kv_heads": 1, "head_dim": 8},
     "relu2": {"mlp": "relu2"},
     "tied": {"tie_embeddings": True},
+    "without QK-norm": {"qk_norm": False},
 }
 every_shape = pytest.mark.parametrize("fields", SHAPES.values(), ids=list(SHAPES))
 
@@ -240,76 +241,6 @@ def test_rotated_products_depend_only_on_the_distance():
 
 def test_the_tables_of_positions_are_not_saved(tiny_model: Build):
     assert not {"cos", "sin"} & set(tiny_model().state_dict())
-
-
-# ---- the exportable block --------------------------------------------------------------------
-
-
-def hugging_face_weights(model: GPT, norms: tuple[str, str]) -> dict[str, Tensor]:
-    """The model's weights under Hugging Face's names, what is fused split apart. norms: names of a block's two."""
-    c, own = model.config, model.state_dict()
-    theirs = {"model.embed_tokens.weight": own["embedding.weight"], "model.norm.weight": own["final_norm.weight"]}
-    theirs["lm_head.weight"] = own["head.weight"]
-    for i in range(c.n_layers):
-        ours, block = f"blocks.{i}.", f"model.layers.{i}."
-        attention = own[ours + "attention.wqkv.weight"].split(
-            [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-        )
-        for name, weight in zip("qkv", attention, strict=True):
-            theirs[f"{block}self_attn.{name}_proj.weight"] = weight
-        theirs[block + "self_attn.o_proj.weight"] = own[ours + "attention.wo.weight"]
-        theirs[block + "self_attn.q_norm.weight"] = own[ours + "attention.q_norm.weight"]
-        theirs[block + "self_attn.k_norm.weight"] = own[ours + "attention.k_norm.weight"]
-        parts = ("gate", "up") if c.mlp == "swiglu" else ("up",)
-        for name, weight in zip(parts, own[ours + "mlp.w_up.weight"].chunk(len(parts)), strict=True):
-            theirs[f"{block}mlp.{name}_proj.weight"] = weight
-        theirs[block + "mlp.down_proj.weight"] = own[ours + "mlp.w_down.weight"]
-        theirs[f"{block}{norms[0]}.weight"] = own[ours + "attention_norm.weight"]
-        theirs[f"{block}{norms[1]}.weight"] = own[ours + "mlp_norm.weight"]
-    return theirs
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"n_kv_heads": 2, "head_dim": 24},
-        {"tie_embeddings": True, "n_kv_heads": 1},
-        {"norm_eps": 1e-3, "rope_base": 500.0},
-        {"mlp": "relu2", "n_kv_heads": 2},
-    ],
-    ids=lambda fields: ", ".join(fields) or "plain",
-)
-@torch.inference_mode()
-def test_hugging_face_computes_the_same_logits(tiny_model: Build, fields: dict[str, Any]):
-    from transformers import ApertusConfig, ApertusForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    model = tiny_model(n_layers=3, **fields)
-    c = model.config
-    common: dict[str, Any] = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.d_model,
-        "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_length,
-        "rms_norm_eps": c.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-        "tie_word_embeddings": c.tie_embeddings,
-    }
-    if c.mlp == "swiglu":
-        theirs: torch.nn.Module = Qwen3ForCausalLM(Qwen3Config(**common))
-        weights = hugging_face_weights(model, ("input_layernorm", "post_attention_layernorm"))
-    else:
-        theirs = ApertusForCausalLM(ApertusConfig(**common, hidden_act="relu2"))
-        weights = hugging_face_weights(model, ("attention_layernorm", "feedforward_layernorm"))
-    theirs.load_state_dict(weights)
-    ids = random_ids(2, 32)
-    ours = model(ids)
-    assert ours.std() > 0.5  # there is something to compare
-    assert (theirs.eval()(ids).logits - ours).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("d_model", [64, 256, 768, 2048])
