@@ -1,9 +1,8 @@
 """Write a model for other programs:  python export.py <checkpoint> OUT [--gguf q8_0]
 
-OUT gets a model that transformers loads without code of ours, and what builds on it: config.json, model.safetensors
-(fp32, every bit of the checkpoint), tokenizer.json, and a model card, README.md. With --gguf also model-<format>.gguf
-for llama.cpp, and a Modelfile for Ollama. All of it is read again and must compute the checkpoint's logits before OUT
-gets its name: OUT is whole and right, or not there.
+OUT gets a model that transformers loads without code of ours: config.json, model.safetensors (fp32, every bit of the
+checkpoint), tokenizer.json, and a model card, README.md. With --gguf also a file for llama.cpp and a Modelfile for
+Ollama. It is read again, and must compute the checkpoint's logits, before it gets its name: whole and right, or not.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -37,9 +36,11 @@ PROBE = "The 3 cats' naïve 42-year-old café\n\n  won't  pay €1.50 — 漢字
 class Arguments:
     """Write a checkpoint as a model of Hugging Face's, and for llama.cpp and Ollama."""
 
-    checkpoint: tyro.conf.Positional[str]  # a run's folder, one of its step-* folders, or a model of Hugging Face's
-    out: tyro.conf.Positional[str]  # the folder to write: a new or empty one
-    gguf: Literal["none", "f32", "f16", "q8_0"] = "none"  # the GGUF's matrices; q8_0: 8 bits, a scale for each 32
+    # a run's folder, one of its step-* folders, or a model of Hugging Face's
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]  # the folder to write: a new or empty one
+    # also write model-<this>.gguf for llama.cpp, with its matrices so; q8_0: 8 bits, and a scale for each 32
+    gguf: Literal["none", "f32", "f16", "q8_0"] = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +182,8 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
         from llama_cpp import Llama
 
         llama = Llama(str(folder / f"model-{form}.gguf"), n_ctx=length, logits_all=True, verbose=False)
-        llama.eval(ids[0].tolist())
+        for token in ids[0].tolist():  # one at a time: its q8_0 product of several rows with AMX crashed (0.3.36)
+            llama.eval([token])
         off = (torch.tensor(llama.scores[:length]) - logits[0]).square().mean().sqrt() / logits.std()
         require(off.item() < 0.1, f"llama.cpp's logits are off by {off:.0%} of their deviation")
         require(llama.tokenize(PROBE.encode(), special=False) == tokens, "llama.cpp cuts text into other tokens")
@@ -205,7 +207,7 @@ def model_card(path: Path, name: str, model: GPT, config: Config, form: str) -> 
             source = DATASETS[dataset]
             training += f"| {dataset} | {share:.0%} | {source.location} {source.name or ''} | {source.licence} |\n"
         results = path.parent / f"eval-{state['step']:08d}.json"
-        held_out = json.loads(results.read_text())["held_out"] if results.exists() else {}
+        held_out = json.loads(results.read_text()).get("held_out") or {} if results.exists() else {}
         training += "\n| held out | bits per byte | loss |\n|---|---|---|\n" if held_out else ""
         for dataset, score in held_out.items():
             training += f"| {dataset} | {score['bits_per_byte']:.4f} | {score['loss']:.4f} |\n"

@@ -51,9 +51,9 @@ COMPUTED = {
 }  # fmt: skip
 # or with any, since nothing that a pre-trained model computes depends on them.
 IRRELEVANT = set(
-    "_name_or_path attention_dropout bos_token_id dtype eos_token_id id2label initializer_range is_llama_config "
-    "label2id max_window_layers output_attentions output_hidden_states pad_token_id problem_type return_dict "
-    "torch_dtype transformers_version transformers.js_config use_cache".split()
+    "_model_name_or_path _name_or_path attention_dropout bos_token_id dtype eos_token_id id2label initializer_range "
+    "is_llama_config label2id max_window_layers output_attentions output_hidden_states pad_token_id problem_type "
+    "return_dict torch_dtype transformers_version transformers.js_config unk_token_id use_cache".split()
 )
 
 
@@ -174,9 +174,9 @@ def from_hub_weights(tensors: dict[str, Tensor], c: GPTConfig) -> dict[str, Tens
     return ours
 
 
-# Of each tokenizer: what llama.cpp calls its pattern (none for bpe: the nearest cuts no number to three digits); and the
-# pattern in the form that other programs know, and that Oniguruma, the regular expressions of `tokenizers`,
-# reads alike: there {1,3}+ is a loop, not possessive, and $ is the end of any line.
+# Of each tokenizer: what llama.cpp calls its pattern (of bpe's, the nearest, which cuts no number to three digits), and
+# the pattern in the form that other programs know, and that Oniguruma, the regular expressions of `tokenizers`, reads
+# alike: there {1,3}+ is a loop, not possessive, and $ is the end of any line.
 SPLITS = {
     "gpt2": ("gpt-2", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
     "cl100k_base": (
