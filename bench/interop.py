@@ -32,7 +32,6 @@ from config import GenerationConfig
 from files import write_json
 from interop import to_tokenizer_json
 from metrics import Score, score_rows
-from model import GPT
 from prepare_data import DatasetPrep
 from sampling import generate_ids
 from tests.test_export import fuzzed
@@ -41,10 +40,6 @@ from tokenizer import Tokenizer, load_tiktoken
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = GenerationConfig(max_tokens=200, temperature=0)
 PROMPTS = ("The people of the United States", "In the year", "The city of Paris is")
-
-
-def greedy(model: GPT, tokenizer: Tokenizer, prompt: list[int]) -> list[int]:
-    return [token for (token,) in generate_ids(model, prompt, tokenizer, GREEDY)]
 
 
 def greedy_of_transformers(model: Any, prompt: list[int], eot_id: int) -> list[int]:
@@ -58,9 +53,8 @@ class LlamaCpp:
     def __init__(self, file: Path, length: int):
         from llama_cpp import Llama
 
-        self.llama = Llama(
-            str(file), n_ctx=length, n_batch=length, logits_all=True, type_k=0, type_v=0, n_threads=1, verbose=False
-        )
+        options = {"logits_all": True, "type_k": 0, "type_v": 0, "n_threads": 1, "verbose": False}
+        self.llama = Llama(str(file), n_ctx=length, n_batch=length, **options)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> logits (B, T, V), token by token: its q8_0 product of several rows with AMX crashed."""
@@ -84,12 +78,11 @@ class LlamaCpp:
 
 def compare(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     """Logits (B, T, V) of the same tokens."""
+    same, largest = (ours.argmax(2) == theirs.argmax(2)).sum(), (ours - theirs).abs().max()
     return {
-        "positions": ours.shape[0] * ours.shape[1],
-        "equally_likeliest": int((ours.argmax(2) == theirs.argmax(2)).sum()),
-        "largest_difference": float((ours - theirs).abs().max()),
-        "deviation_of_the_logits": float(ours.std()),
-    }
+        "positions": ours.shape[0] * ours.shape[1], "equally_likeliest": int(same),
+        "largest_difference": float(largest), "deviation_of_the_logits": float(ours.std()),
+    }  # fmt: skip
 
 
 def smollm2(folder: Path) -> dict[str, Any]:
@@ -110,7 +103,8 @@ def smollm2(folder: Path) -> dict[str, Any]:
     result["greedy"] = {}
     for prompt in PROMPTS:
         start = tokenizer.encode(prompt).tolist()
-        mine, its = greedy(ours, tokenizer, start), greedy_of_transformers(theirs, start, tokenizer.eot_id)
+        mine = [token for (token,) in generate_ids(ours, start, tokenizer, GREEDY)]
+        its = greedy_of_transformers(theirs, start, tokenizer.eot_id)
         result["greedy"][prompt] = {"tokens": len(mine), "equal": mine == its, "text": tokenizer.decode(mine)}
     documents = list(fuzzed(20_000))
     different = sum(
@@ -134,21 +128,17 @@ def demo(checkpoint: str, folder: Path) -> dict[str, Any]:
     ids = torch.from_numpy(rows[:: len(rows) // 8][:8, :-1].astype(np.int64))
     with torch.inference_mode():
         logits = ours(ids)
-        result: dict[str, Any] = {
-            "step": step,
-            "transformers": compare(logits, theirs(ids).logits),
-            "llama.cpp": {form: compare(logits, read(ids)) for form, read in llama.items()},
-        }
+        result: dict[str, Any] = {"step": step, "transformers": compare(logits, theirs(ids).logits)}
+        result["llama.cpp"] = {form: compare(logits, read(ids)) for form, read in llama.items()}
     result["greedy"] = {}
     for prompt in PROMPTS:
         start = [tokenizer.eot_id, *tokenizer.encode(prompt).tolist()]
-        mine = greedy(ours, tokenizer, start)
+        mine = [token for (token,) in generate_ids(ours, start, tokenizer, GREEDY)]
         result["greedy"][prompt] = {
-            "tokens": len(mine),
+            "tokens": len(mine), "text": tokenizer.decode(mine),
             "equal in transformers": mine == greedy_of_transformers(theirs, start, tokenizer.eot_id),
             "equal in llama.cpp": mine == llama["f32"].greedy(start, tokenizer.eot_id),
-            "text": tokenizer.decode(mine),
-        }
+        }  # fmt: skip
     lengths = torch.from_numpy(tokenizer.token_byte_length)
     readers: dict[str, Callable[[Tensor], Tensor]] = {"ours, f32": ours, **llama}
     scores = {name: score_rows(reader, rows, lengths, 4) for name, reader in readers.items()}
