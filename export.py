@@ -143,10 +143,7 @@ def write_gguf(file: Path, c: GPTConfig, weights: dict[str, Tensor], tokenizer: 
 
 
 def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str]:
-    """Read a written model by our own import, and by transformers and llama.cpp where they are installed.
-
-    Returns what to say of it. Raises CheckpointError when one of them computes something else.
-    """
+    """Read a written model by our own import, transformers and llama.cpp, and say so. Raises CheckpointError."""
     import torch
 
     from checkpoint import CheckpointError, load_model
@@ -205,7 +202,7 @@ def model_card(path: Path, name: str, model: GPT, config: Config, form: str) -> 
         training += "| dataset | share | source | licence of the text |\n|---|---|---|---|\n"
         for dataset, share in zip(data.current_datasets, data.dataset_probabilities, strict=True):
             source = DATASETS[dataset]
-            training += f"| {dataset} | {share:.0%} | {source.location} {source.name or ''} | {source.licence} |\n"
+            training += f"| {dataset} | {share:.0%} | {source.location} | {source.licence} |\n"
         results = path.parent / f"eval-{state['step']:08d}.json"
         held_out = json.loads(results.read_text()).get("held_out") or {} if results.exists() else {}
         training += "\n| held out | bits per byte | loss |\n|---|---|---|\n" if held_out else ""
