@@ -83,7 +83,7 @@ def train(config: Config) -> int:
         why_not_compile,
     )
     from memory import fitting_batch_size, usable_memory
-    from metrics import Meter, MetricsFile, duration, log_line, plot_loss
+    from metrics import Meter, MetricsFile, code_version, duration, log_line, plot_loss
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
     from prepare_data import DatasetPrep
@@ -215,6 +215,12 @@ def train(config: Config) -> int:
         if log:
             log.write(kind, step, tokens=tokens_seen, **values)
 
+    if is_main:
+        record(
+            "start", seconds=seconds_trained, total_steps=total_steps, world_size=world_size,
+            device=describe(device), precision=precision, parameters=n_parameters, commit=code_version(),
+        )  # fmt: skip
+
     @torch.compiler.set_stance("force_eager")  # its other shapes, and those of the sample, are not worth compiling
     def validate() -> float:
         """Mean held-out loss over all datasets; logs each dataset's, draws loss.png and a sample."""
@@ -227,21 +233,22 @@ def train(config: Config) -> int:
             )
         mix = data.mix()
         say(f"  mix so far   {', '.join(f'{name} {share:.2%}' for name, share in mix.items())}")
-        record("validation", datasets=scores, mix=mix, seconds=seconds_trained)
-        if not math.isfinite(scores["all"]["loss"]):
+        finite, sample = math.isfinite(scores["all"]["loss"]), None
+        if finite and (is_main or c.fsdp):  # a divided model runs in all processes; the same seed gives them one text
+            settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
+            with accelerator.autocast():
+                decode = by_module(model) if c.fsdp else None
+                text = generate_text(model, config.eval.prompts[0], tokenizer, settings, decode)[0]
+            sample = f"{config.eval.prompts[0]}{text}"
+            say(f"  sample       {' '.join(sample.split())[:84]}")
+        record("validation", datasets=scores, mix=mix, sample=sample, seconds=seconds_trained)
+        if not finite:
             raise NonFiniteError(
                 f"the held-out loss is {scores['all']['loss']} at step {step}, which is not saved. Continue from "
                 f"the last checkpoint with --resume, or start anew with a lower --train.lr"
             )
         if is_main:
             plot_loss(run_dir)
-        if is_main or c.fsdp:  # a divided model runs in all processes at once; the same seed gives them the same text
-            settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
-            with accelerator.autocast():
-                decode = by_module(model) if c.fsdp else None
-                text = generate_text(model, config.eval.prompts[0], tokenizer, settings, decode)[0]
-            sample = " ".join(f"{config.eval.prompts[0]}{text}".split())
-            say(f"  sample       {sample[:84]}")
         return scores["all"]["loss"]
 
     def save() -> None:
