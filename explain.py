@@ -108,14 +108,16 @@ def attention_map(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> 
 # ---- showing ------------------------------------------------------------------------------
 
 LEVELS = (0.5, 0.2, 0.05, 0.01)  # probabilities where the colour changes, from expected to surprising
-# The same colours, in the terminal's 256: background and text.
-_TERMINAL = ((231, 16), (153, 16), (75, 16), (25, 231), (17, 231))
+# The same colours, in the terminal's 256: background and text; what is expected stays as it is.
+_TERMINAL = {1: (153, 16), 2: (75, 16), 3: (25, 231), 4: (17, 231)}
 
 
 def colour_text(explanation: Explanation, tokenizer: Tokenizer) -> str:
     """The text for a terminal, each token on the colour of its probability, and below it what the colours mean."""
 
     def paint(text: str, level: int) -> str:
+        if level not in _TERMINAL:
+            return text
         background, foreground = _TERMINAL[level]
         on, off = f"\x1b[48;5;{background};38;5;{foreground}m", "\x1b[0m"
         return on + text.replace("\n", f"{off}\n{on}") + off

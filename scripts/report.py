@@ -95,20 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     script, charts = components(draw(runs, axes))
     compared = [run.settings for run in runs]
     if len(runs) == 1:
-        compared.append({key: value for key, value in flat(Config().to_dict()).items() if key in runs[0].settings})
-    settings = {key: [s.get(key, "-") for s in compared] for s in reversed(compared) for key in s}
+        compared.append(flat(Config().to_dict()))
+    settings = {key: [s.get(key, "-") for s in compared] for run in runs for key in run.settings}
     write_page(
         output, "report.html", title=", ".join(labels), runs=runs, axes=axes, charts=charts, script=script,
         library=Resources(mode="inline", components=["bokeh"]).render_js(), settings=settings,
         differing={key: values for key, values in settings.items() if len(set(values)) > 1},
         marks="; ".join(f"{MARKS[k]}: a {k}" for k in MARKS if any(k in run.marks for run in runs)),
-        number=number, clock=clock, duration=duration, median=median,
+        number=number, duration=duration, clock=lambda time: f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC",
+        median=lambda column: number(float(np.nanmedian(column)) if np.isfinite(column).any() else None),
     )  # fmt: skip
     print(f"written to {output} ({output.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-# ---- reading ------------------------------------------------------------------------------
 
 
 def load_run(folder: Path, label: str) -> Run:
@@ -173,11 +171,10 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read ({error}); remove it, or copy it again") from None
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, str]:
+def flat(config: dict[str, Any]) -> dict[str, str]:
     """{"train": {"lr": 1}} as {"train.lr": "1"}."""
-    if not isinstance(values, dict):
-        return {prefix: json.dumps(values, ensure_ascii=False).strip('"')}
-    return {k: v for name, inner in values.items() for k, v in flat(inner, f"{prefix}.{name}".strip(".")).items()}
+    groups = {group: values for group, values in config.items() if isinstance(values, dict)}
+    return {f"{g}.{k}": json.dumps(v, ensure_ascii=False) for g, values in groups.items() for k, v in values.items()}
 
 
 def column(records: Records, *keys: str) -> np.ndarray:
@@ -228,9 +225,6 @@ def thinned(columns: Columns) -> Columns:
     return {name: values.astype(np.float32) for name, values in thin.items()}
 
 
-# ---- showing ------------------------------------------------------------------------------
-
-
 def scale_axes(runs: list[Run]) -> dict[str, str]:
     """Divide tokens and seconds by a unit that suits all runs; returns the title of each x axis."""
     titles = {}
@@ -271,7 +265,7 @@ def draw(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
             label = ": ".join([names[run]] * several + [kind] * (len(kinds) > 1 or not several))
             place, of_training = kinds.index(kind), kind == "training"
             style = {"source": sources[id(columns)], "legend_label": label, "name": label}
-            style |= {"tags": [run, run if several else place]}
+            style["tags"] = [run, run if several else place]
             if f"{y}_low" in columns:
                 plot.varea("tokens", f"{y}_low", f"{y}_high", fill_alpha=0.2, **style)
             dash = DASHES[place % len(DASHES)] if several and kind not in ("training", "held out") else "solid"
@@ -281,11 +275,10 @@ def draw(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
                 pointed.append(plot.scatter("tokens", y, size=6, **style))
         for i, each in enumerate(runs):
             for kind in each.marks if title == "Loss" else each.marks.keys() & {"restart"}:
-                tags = [i, i if several else -1]
-                plot.vspan("tokens", source=sources[id(each.marks[kind])], line_dash=MARKS[kind], tags=tags)
-        where = [(name, f"@{x}{{0,0.[000]}}") for x, name in axes.items()]
-        rows = [("", "$name"), ("step", "@step{0,0}"), *where, (axis, f"@{y}{{0,0.[00000]}}")]
-        plot.add_tools(HoverTool(renderers=pointed, tooltips=rows))
+                style = {"source": sources[id(each.marks[kind])], "line_dash": MARKS[kind], "name": kind}
+                plot.vspan("tokens", tags=[i, i if several else -1], **style)
+        where = [("step", "@step{0,0}"), *((name, f"@{x}{{0,0.[000]}}") for x, name in axes.items())]
+        plot.add_tools(HoverTool(renderers=pointed, tooltips=[("", "$name"), *where, (axis, f"@{y}{{0,0.[00000]}}")]))
         plot.toolbar.logo = None
         charts[title] = plot
 
@@ -310,14 +303,6 @@ def number(value: Any, error: Any = None) -> str:
     if isinstance(value, (int, float)):
         return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
     return "-" if value is None else str(value)
-
-
-def median(values: np.ndarray) -> str:
-    return number(float(np.median(known)) if (known := values[np.isfinite(values)]).size else None)
-
-
-def clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 if __name__ == "__main__":

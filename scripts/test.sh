@@ -23,7 +23,7 @@ done
 install_browser() {
   if command -v chromium chromium-headless-shell google-chrome >/dev/null; then return; fi
   if ((EUID)) || ! command -v apt-get >/dev/null; then return; fi
-  { apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell; } >/dev/null </dev/null ||
+  { apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core; } >/dev/null </dev/null ||
     say "The browser could not be installed, so the tests that need it are skipped"
 }
 
