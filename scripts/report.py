@@ -49,7 +49,7 @@ Records = list[dict[str, Any]]
 class Arguments:
     """A page of runs: losses, speed, samples, settings. A run that is under way may be looked at too."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = tyro.MISSING  # folders of runs, such as checkpoints/demo
+    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs, such as checkpoints/demo
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""  # the page; empty: report.html in the first run's folder
 
 
@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(Arguments, argv)
     folders = [Path(run).expanduser() for run in arguments.runs]
     if not 0 < len(folders) <= COLOURS:
-        raise ConfigError(f"{len(folders)} runs are given; name 1 to {COLOURS} folders of runs")
+        raise ConfigError(
+            f"{len(folders)} runs are given; name the folders of 1 to {COLOURS}, such as checkpoints/demo"
+        )
     output = Path(arguments.output).expanduser() if arguments.output else folders[0] / "report.html"
     names = [folder.resolve().name for folder in folders]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import metrics
 from config import Config
 from errors import exit_code_of
 from explain import LEVELS, explain, page_values, token_text
@@ -87,6 +89,25 @@ def test_a_folder_without_a_run_is_one_line(
     assert (out, err.count("\n")) == ("", 1)
     assert words in err
     assert not (tmp_path / "run/report.html").exists()
+
+
+def test_a_start_names_the_commit_of_the_code_and_of_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
+    assert metrics.code_version() is None
+    git("init")
+    (tmp_path / "metrics.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "x")
+    assert metrics.code_version() == git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "metrics.py").write_text("2")
+    assert metrics.code_version() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
+    (tmp_path / "inner").mkdir()
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "inner/metrics.py"))
+    assert metrics.code_version() is None
 
 
 # ---- in a browser -------------------------------------------------------------------------
