@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from config import PRESETS, Config, TrainingConfig, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
@@ -36,9 +36,35 @@ if TYPE_CHECKING:
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
 
+@dataclasses.dataclass
+class TrainConfig(Config):
+    plan: bool = False  # train nothing: say what the run would take, from a few measured steps or from --gpu
+    gpu: str = ""  # with plan: a GPU that is not here, such as H100
+    mfu: float = 0.4  # with gpu: the share of its peak that training is assumed to reach
+    price_per_hour: float = 0.0  # with plan: of the whole machine
+    check: bool = False  # train nothing: rehearse data, a step, save, resume, generation and evaluation in small
+
+    def validate(self, world_size: int = 1) -> Self:
+        if not 0 < self.mfu <= 1:
+            raise ConfigError(f"mfu is {self.mfu}; use a share above 0 and at most 1, such as 0.4")
+        if not 0 <= self.price_per_hour < math.inf:
+            raise ConfigError(f"price_per_hour is {self.price_per_hour}; use 0 or a positive number")
+        if (self.gpu or self.price_per_hour) and not self.plan:
+            raise ConfigError("gpu and price_per_hour are for --plan; add it, or leave them out")
+        return super().validate(world_size)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     # torch takes a second to import: --help and a mistyped option are answered before that.
-    config = load_config(argv, "Train a GPT from scratch.", Config)
+    options = load_config(argv, "Train a GPT from scratch.", TrainConfig)
+    config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
+    if options.plan or options.check:
+        import plan
+
+        if options.check:
+            return plan.check(config, [word for word in (sys.argv[1:] if argv is None else argv) if word != "--check"])
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -289,6 +315,7 @@ def train(config: Config) -> int:
 
     def save() -> None:
         """A checkpoint of this step by the main process, with every process's data position."""
+        started = time.perf_counter()
         positions = gather_object([position])
         tensors = gather_tensors(model, optimizers, keep=is_main)
         if is_main:
@@ -301,6 +328,7 @@ def train(config: Config) -> int:
             path = save_checkpoint(run_dir, step, tensors, state, config, tokenizer, val_loss)
             write_status(run_dir, "running", step)
             say(f"  saved    {path}")
+            record("checkpoint", seconds=round(time.perf_counter() - started, 3))
         accelerator.wait_for_everyone()
 
     def watch() -> None:
