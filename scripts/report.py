@@ -26,7 +26,10 @@ POINTS = 1500  # of a line at most: about as many as a chart has pixels
 SAMPLES = 100  # of a run at most
 COLOURS = 7  # --c0 to --c6 of templates/report.html; more are not told apart
 DASHES = ("solid", "dashed", "dotted", "dotdash", "dashdot")
-MARKS = {"restart": "dashed", "checkpoint": "dotted", "loss that is not finite": "solid"}  # upright lines
+MARKS = {  # upright lines
+    "restart": "dashed", "checkpoint": "dotted", "spike undone, back to here": "dotdash",
+    "loss that is not finite": "solid",
+}  # fmt: skip
 
 _TIME = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0, "days": 86400.0}
 X_AXES = {  # columns to draw against: what they are, and their units
@@ -117,7 +120,8 @@ def load_run(folder: Path, label: str) -> Run:
 
     path = folder / "metrics.jsonl"
     records, notes = read_metrics(path), []
-    starts, steps, validations = ([r for r in records if r.get("kind") == k] for k in ("start", "train", "validation"))
+    kinds = "start", "train", "validation", "undone"
+    starts, steps, validations, undone = ([r for r in records if r.get("kind") == kind] for kind in kinds)
     if not steps and not validations:
         raise ConfigError(f"{path} holds no logged step; give the folder of a run, such as checkpoints/demo")
     if damaged := len(path.read_text(errors="replace").splitlines()) - len(records):
@@ -152,6 +156,7 @@ def load_run(folder: Path, label: str) -> Run:
     marks = {
         "restart": positions([s for s in starts if s["step"] > 0], began),
         "checkpoint": {x: np.interp(saved, known["step"], known[x]) for x in ("step", *X_AXES)},
+        "spike undone, back to here": positions(undone, began),
         "loss that is not finite": positions(broken, began),
     }
     return Run(
