@@ -201,7 +201,7 @@ hold_run() {
 run_in_background() {
   local size
   touch "$log" && size=$(wc -c <"$log")
-  nohup setsid bash scripts/supervise.sh "$(cd "$run_dir" && pwd -P)" "$lock" "${train[@]}" </dev/null >>"$log" 2>&1 &
+  nohup setsid bash scripts/supervise.sh "$(cd "$run_dir" && pwd -P)/${lock##*/}" "${train[@]}" </dev/null >>"$log" 2>&1 &
   supervisor=$!
   exec 9>&- # the lock is the supervisor's now
   follow -c "+$((size + 1))"
@@ -210,7 +210,7 @@ run_in_background() {
 # follow OPTION...: of tail, where in the log to begin. Ends when the run does, with its exit code.
 follow() {
   local code=''
-  say "Log: $log. Ctrl-C saves and stops the run; closing the terminal does not: $again shows it again."
+  say "Log: $log. Ctrl-C saves and stops the run; it outlives this terminal, and $again shows it again."
   run_child to_supervisor tail "$@" -f -s 0.5 --pid="$supervisor" "$log" || true
   if kill -0 "$supervisor" 2>/dev/null; then exit 141; fi # it was tail that ended: its reader has gone
   read -r _ code <"$lock" || true
@@ -240,6 +240,7 @@ explain_end() {
   case $1 in
     0) ;;
     75) say "Stopped, and everything is saved. To go on: $again" ;;
+    130 | 143) say "Stopped before training had begun, or at the third signal. To go on: $again" >&2 ;;
     2) say "Training ended with exit code 2: its settings, as the message above says." >&2 ;;
     *) say "Training ended with exit code $1; the message above says why. Mend that, then: $again" >&2 ;;
   esac

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {part:<24}{n_bytes / 2**30:>8.2f} GB")
     print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
 
-    print(f"a checkpoint: {(memory.weights + memory.optimizer) / 2**30:.2f} GB, ", end="")
+    print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
     print(f"and at most {most_checkpoints(config)} of them on the disk\n")
     if config.train.max_steps:
         devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
@@ -100,8 +100,7 @@ def room_for_checkpoints(config: Config) -> str:
     from files import PARTIAL
     from memory import training_memory
 
-    memory = training_memory(config, 1)
-    size = memory.weights + memory.optimizer
+    size = training_memory(config, 1).checkpoint
     folder = (Path(config.train.out_dir).expanduser() / config.train.run_name).absolute()
     unfinished = sum(file.stat().st_size for file in folder.glob(f"{PARTIAL}*/*"))  # of a killed save; is removed
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
