@@ -12,7 +12,7 @@ source scripts/lib.sh
 
 lock=$1 run=${1%/*} first_pause=${RESTART_PAUSE:-10} # seconds
 shift
-stops=0 # how often this script was asked to stop
+stops=0 asked=0 # how often this script was asked to stop, and when
 
 note() { printf '%(%F %T)T start.sh: %s\n' -1 "$*" || true; } # when the disk is full, only the log suffers
 
@@ -30,10 +30,12 @@ run_processes() { grep -lsxzF "SUPERVISED_BY=$lock" /proc/[0-9]*/environ | cut -
 kill_run() { for pid in $(run_processes); do pass_on KILL "$pid"; done; }
 
 # Asks one training process, which tells the others at their next step: a launcher would kill them after 30 s, saved or
-# not. The third time, all are killed. (run_child calls this.)
+# not. The third time, all are killed; what comes within a second is one request. (run_child calls this.)
 # shellcheck disable=SC2329
 stop_run() {
   local target=$2 children
+  if ((stops && SECONDS - asked < 2)); then return; fi
+  asked=$SECONDS
   stops=$((stops + 1))
   if ((stops > 2)); then kill_run; fi
   children=$(cat "/proc/$2/task/$2/children" 2>/dev/null) || true
@@ -53,10 +55,10 @@ while ((stops == 0)); do
   note "starting: $*"
   code=0 before=$(status)
   run_child stop_run env "SUPERVISED_BY=$lock" "$@" || code=$?
-  if ((code == 1)) && [[ $(status) != "$before" ]]; then # launchers end with 1 whatever the code of their processes
-    code=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p')
-  fi
-  case ${code:=1} in
+  # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
+  if [[ $(status) != "$before" ]]; then said=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p'); else said=''; fi
+  code=${said:-$code}
+  case $code in
     0) finish "the run is complete" ;;
     75) finish "the run was stopped; everything is saved" ;;
     [2-5]) finish "the run ended with exit code $code, as said above; starting it again would not help" ;;

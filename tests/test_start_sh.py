@@ -587,6 +587,7 @@ def test_a_third_ctrl_c_ends_a_run_that_does_not_listen(repo: Repo) -> None:
     for n in (1, 2):
         terminal.press_ctrl_c()
         wait_until(lambda n=n: repo.ran.count("TERM") == n)  # type: ignore[misc]
+        time.sleep(2)  # what comes at once is one request
     terminal.press_ctrl_c()
     assert "stopped with exit code 137" in terminal.see()
     assert terminal.process.wait(10) == 137
@@ -666,6 +667,13 @@ def test_a_full_disk_is_waited_for_with_pauses_up_to_ten_minutes(hasty: Repo) ->
     hasty.env["FAKE_ATTEMPTS"] = "0/-/6 " * 8 + "0/-/0"
     assert hasty.start().returncode == 0
     assert hasty.pauses == ["10", "20", "40", "80", "160", "320", "600", "600"]
+
+
+def test_a_run_that_dies_when_it_is_saved_and_done_counts_as_it_says(hasty: Repo) -> None:
+    hasty.env["FAKE_ATTEMPTS"] = "300/75/KILL"
+    assert hasty.start().returncode == 75
+    hasty.env["FAKE_ATTEMPTS"] = "300/0/139"
+    assert hasty.start().returncode == 0
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 75])
@@ -750,22 +758,29 @@ def status_of(run: Path) -> tuple[str, int]:
 
 @pytest.mark.slow
 def test_a_box_that_loses_power_three_times_ends_its_training_by_itself_at_the_right_step(box: Repo) -> None:
-    run, steps = box.path / "checkpoints/smoke", 1500
+    run, steps = box.path / "checkpoints/smoke", 1000
     command = [str(box.path / "start.sh"), *SMALL, "--train.max_steps", str(steps), "--train.save_every", "30"]
 
     def boot() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=box.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     saved = [0]
+    mark = f"BOX={box.env['BOX']}"
     for at_any_moment in (False, True, False):  # even of its start, or soon after a checkpoint
         start = boot()
         if not at_any_moment:
             wait_until(lambda: newest_step(run) > saved[-1], 200)
-        time.sleep(random.uniform(0, 8 if at_any_moment else 1))
-        kill_all(f"BOX={box.env['BOX']}")
+        time.sleep(random.uniform(0, 6 if at_any_moment else 0.5))
+        kill_all(mark)
         start.wait()
         saved.append(newest_step(run))
     assert 0 < saved[1] <= saved[2] < saved[3] < steps, saved
+    start = boot()  # and an orderly shutdown, which tells every process at once
+    wait_until(lambda: newest_step(run) > saved[-1], 200)
+    for number in processes_with(mark):
+        os.kill(number, signal.SIGTERM)
+    wait_until(lambda: start.poll() is not None and not processes_with(mark), 60)
+    assert status_of(run) == ("stopped", newest_step(run))
     assert boot().wait(200) == 0
     assert status_of(run) == ("complete", steps)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
