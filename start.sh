@@ -219,10 +219,7 @@ follow() {
   exit "$code"
 }
 
-to_supervisor() {
-  if [[ $1 == HUP ]]; then kill "$2" && exit 129; fi
-  pass_on TERM "$supervisor"
-}
+to_supervisor() { if [[ $1 == HUP ]]; then kill "$2" && exit 129; else pass_on TERM "$supervisor"; fi; }
 
 run_demo() {
   local code=0

@@ -56,8 +56,9 @@ while ((stops == 0)); do
   code=0 before=$(status)
   run_child stop_run env "SUPERVISED_BY=$lock" "$@" || code=$?
   # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
-  if [[ $(status) != "$before" ]]; then said=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p'); else said=''; fi
-  code=${said:-$code}
+  if [[ $(status) != "$before" ]]; then
+    code=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p' | grep . || say "$code")
+  fi
   case $code in
     0) finish "the run is complete" ;;
     75) finish "the run was stopped; everything is saved" ;;
