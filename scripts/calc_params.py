@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def most_checkpoints(config: Config) -> int:
-    """On the disk at a time: the newest, the best, and the one being written."""
-    return config.train.keep_checkpoints + 2
+    """On the disk at a time: the newest, the best, the one being written, and those of each keep_every-th step."""
+    c = config.train
+    return c.keep_checkpoints + 2 + (c.max_steps // c.keep_every if c.keep_every else 0)
 
 
 def room_for_checkpoints(config: Config) -> str:
@@ -110,7 +111,7 @@ def room_for_checkpoints(config: Config) -> str:
     if free < missing * size:
         raise DiskError(
             f"{line}, and {free / 2**30:.2f} GB are free; free some space, choose another --train.out_dir, or keep "
-            f"fewer than --train.keep_checkpoints {config.train.keep_checkpoints}"
+            f"fewer (--train.keep_checkpoints, --train.keep_every)"
         )
     return f"{line[0].upper()}{line[1:]}, of {free / 2**30:.1f} GB free"
 
