@@ -56,7 +56,7 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     counts, flops = model.parameter_counts(), model.flops_per_token()
     memory = training_memory(config, c.batch_size, world_size)
     n_saves, n_validations = math.ceil(total_steps / c.save_every), math.ceil(total_steps / c.eval_every)
-    checkpoint = memory.weights + memory.optimizer
+    checkpoint = training_memory(config, 1).checkpoint  # whole also where FSDP divides what it holds
     n_kept = min(n_saves, c.keep_checkpoints + 2 + (total_steps // c.keep_every if c.keep_every else 0))
     disk = Path(c.out_dir).expanduser()
     free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free

@@ -677,12 +677,15 @@ class StopSignal:
     """Notes SIGTERM, SIGINT and SIGHUP, so that the loop can end between two steps; the third one kills at once."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._last = 0, -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
+        if time.monotonic() - self._last < 1:  # a box that shuts down signals us, our launcher and our supervisor, and
+            return  # each of them passes it on: that is one request
+        self._last = time.monotonic()
         self.received += 1
         if self.received == 1:
             with contextlib.suppress(OSError):  # print may be in the middle of another line, or the terminal gone
