@@ -2,8 +2,9 @@
 
 Trains the preset with each line of options of train.py (and once without any), for each seed, at the same number of
 steps; prints the held-out bits per byte of each with its spread over the seeds, and the difference to the preset seed
-by seed. OPTIONS may begin with --variant NAME, one of bench/variants.py. Two runs at a time with a thread each: losses
-are compared here, not seconds. Runs that OUT.json holds already are not done again.
+by seed. OPTIONS may begin with --variant NAME, one of bench/variants.py. --common OPTIONS are those of all runs, the
+first too. Two runs at a time with a thread each: losses are compared here, not seconds. Runs that OUT.json holds
+already are not done again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def run(preset: str, steps: int, seed: int, options: str) -> float:
+def run(preset: str, steps: int, seed: int, options: str, common: str) -> float:
     """Held-out bits per byte over all datasets after so many steps."""
     with tempfile.TemporaryDirectory() as folder:
         words = shlex.split(options)
@@ -33,7 +34,7 @@ def run(preset: str, steps: int, seed: int, options: str) -> float:
         command = [
             sys.executable, str(ROOT / script[0]), *script[1:], "--preset", preset, "--train.max_steps", str(steps),
             "--train.seed", str(seed), "--data.seed", str(seed + 1), "--train.out_dir", folder, "--train.run_name", "x",
-            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *words,
+            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *shlex.split(common), *words,
         ]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
@@ -50,13 +51,14 @@ def main() -> int:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--common", default="")
     arguments = parser.parse_intermixed_args()
 
     from bench.context import context
     from files import write_json
 
     changes = {"as it is": ""} | {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
-    key = f"{arguments.preset}, {arguments.steps} steps"
+    key = f"{arguments.preset}, {arguments.steps} steps" + (f", {arguments.common}" if arguments.common else "")
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     table = results.setdefault(key, {})
     todo = []
@@ -68,14 +70,16 @@ def main() -> int:
 
     def do(job: tuple[str, int]) -> None:
         name, seed = job
-        table[name]["bits_per_byte"][str(seed)] = run(arguments.preset, arguments.steps, seed, changes[name])
+        table[name]["bits_per_byte"][str(seed)] = run(
+            arguments.preset, arguments.steps, seed, changes[name], arguments.common
+        )
         print(f"{name}, seed {seed}: {table[name]['bits_per_byte'][str(seed)]:.4f}", flush=True)
         write_json(arguments.out, results)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(do, todo))
 
-    print(f"\n{key:<32}{'bits per byte':>16}{'to the preset':>22}")
+    print(f"\n{key}\n{'':<32}{'bits per byte':>16}{'to the preset':>22}")
     base = table["as it is"]["bits_per_byte"]
     for name in changes:
         values = table[name]["bits_per_byte"]

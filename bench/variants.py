@@ -223,6 +223,11 @@ def cautious_decay() -> None:
     optim.Muon.step = step  # type: ignore[method-assign]
 
 
+def muon_4_steps() -> None:
+    """Without the first of the five polynomials: directions under a hundredth of the largest stay small."""
+    optim._SAFE_POLYNOMIALS = optim._SAFE_POLYNOMIALS[1:]
+
+
 def torch_muon() -> None:
     """torch.optim.Muon in place of ours, on whole matrices, with the same update scale."""
 
@@ -268,6 +273,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-per-head": muon_per_head,
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
+    "muon-4-steps": muon_4_steps,
     "torch-muon": torch_muon,
     "short-rows-first": short_rows_first(100, 4),
 }
