@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import Config
+from config import TOKENIZERS, Config, DataConfig
 from errors import ConfigError, UserError
 from files import PARTIAL, lock_folder, write_json
 from interop import from_hub_config, from_hub_weights, from_tokenizer_json
@@ -308,7 +308,7 @@ def load_model(
     """A verified model for generation, evaluation and export: (model in eval mode, tokenizer, config, step).
 
     path: a run's folder (its newest checkpoint), a step folder, or a model of Hugging Face's, which has no step (0) and
-    of whose configuration only `model` is its own. dtype: of the weights. Raises CheckpointError.
+    of whose configuration only the model and tokenizer are its own. dtype: of the weights. Raises CheckpointError.
     """
     path = find_checkpoint(Path(path))
     if is_hub_model(path):
@@ -355,6 +355,8 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
         config = Config(model=from_hub_config(values))
         eot = values.get("eos_token_id")  # of several, the first is the one between documents
         tokenizer = from_tokenizer_json(_read_json(path / "tokenizer.json"), eot[0] if isinstance(eot, list) else eot)
+        name: Any = tokenizer.name if tokenizer.name in TOKENIZERS else "bpe"  # what a run that starts from it needs
+        config.data = DataConfig(tokenizer=name, bpe_vocab_size=tokenizer.n_vocab)
         model = _empty_model(config, tokenizer)
         tensors = {name: tensor for file in files for name, tensor in _read_tensors(path / file).items()}
         weights = from_hub_weights(tensors, config.model)

@@ -127,8 +127,8 @@ class DataConfig:
             f"data.val_fraction is {self.val_fraction}; use a share above 0 and under 0.5, such as 0.005",
         )
         _require(
-            self.tokenizer != "bpe" or 257 <= self.bpe_vocab_size <= 65536,
-            f"data.bpe_vocab_size is {self.bpe_vocab_size}; use 257 (bytes and end-of-text) to 65536",
+            self.tokenizer != "bpe" or 257 <= self.bpe_vocab_size <= 2**18,  # as many as published tokenizers have
+            f"data.bpe_vocab_size is {self.bpe_vocab_size}; use 257 (bytes and end-of-text) to {2**18}",
         )
 
     @property

@@ -99,7 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # settings, words that name 
     ({"data.val_tokens": 0}, "data.val_tokens is 0", "use a positive number"),
     ({"data.n_streams": 0}, "data.n_streams is 0", "use a positive number"),
     ({"data.tokenizer": "bpe", "data.bpe_vocab_size": 256}, "data.bpe_vocab_size is 256", "use 257"),
-    ({"data.tokenizer": "bpe", "data.bpe_vocab_size": 65537}, "data.bpe_vocab_size is 65537", "to 65536"),
+    ({"data.tokenizer": "bpe", "data.bpe_vocab_size": 262145}, "data.bpe_vocab_size is 262145", "to 262144"),
     ({"model.d_model": 260}, "model.d_model 260 does not divide by model.n_heads 8", "try d_model 256"),
     ({"model.d_model": 4}, "model.d_model 4 does not divide by model.n_heads 8", "try d_model 16"),
     ({"model.d_model": 56}, "model.head_dim is 7", "an even number"),

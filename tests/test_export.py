@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import export
 import generate
 import interop
-from checkpoint import CheckpointError, gather_tensors, load_model, load_tokenizer, save_checkpoint
+from checkpoint import CheckpointError, gather_tensors, load_model, save_checkpoint
 from config import Config, DataConfig, GenerationConfig, GPTConfig
 from errors import ConfigError
 from files import PARTIAL, write_json
@@ -359,9 +359,17 @@ def test_a_tokenizer_that_is_not_of_bytes_is_refused(hub_model: Save):
         load_model(folder)
 
 
-def test_an_imported_tokenizer_lives_on_in_our_checkpoints(hub_model: Save, saved: Save):
-    _, tokenizer, *_ = load_model(hub_model())
-    assert load_tokenizer(saved(tokenizer)).fingerprint == tokenizer.fingerprint
+def test_an_imported_model_is_trained_further_with_its_tokenizer(hub_model: Save, tmp_path: Path):
+    imported, tokenizer, *_ = load_model(hub_model(tie_word_embeddings=True))
+    options = f"--preset smoke --init_from {tmp_path / 'theirs'} --train.out_dir {tmp_path} --train.max_steps 2"
+    options += f" --train.warmup_tokens 0 --train.no_compile --data.cache_dir {tmp_path}"
+    script = Path(export.__file__).with_name("train.py")
+    done = subprocess.run([sys.executable, str(script), *options.split()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    trained, its_tokenizer, *_ = load_model(tmp_path / "smoke")
+    assert (trained.config, its_tokenizer.fingerprint) == (imported.config, tokenizer.fingerprint)
+    moved = (trained.embedding.weight - imported.embedding.weight).abs().max()
+    assert 0 < moved < 0.5 * imported.embedding.weight.abs().max()
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if "apertus" not in name])  # which transformers cannot read
