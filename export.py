@@ -198,7 +198,8 @@ def model_card(path: Path, name: str, model: GPT, config: Config, form: str) -> 
     training = f"Imported from {path.name}: see its own card, also for its licence.\n"
     if not is_hub_model(path):
         state, data = read_state(path), config.data
-        training = f"{state['tokens_seen'] / 1e6:,.1f}M tokens in {state['step']:,} steps, of these texts:\n\n"
+        training = f"From the weights of {Path(config.init_from).name}: " if config.init_from else ""
+        training += f"{state['tokens_seen'] / 1e6:,.1f}M tokens in {state['step']:,} steps, of these texts:\n\n"
         training += "| dataset | share | source | licence of the text |\n|---|---|---|---|\n"
         for dataset, share in zip(data.current_datasets, data.dataset_probabilities, strict=True):
             source = DATASETS[dataset]

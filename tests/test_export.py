@@ -370,6 +370,8 @@ def test_an_imported_model_is_trained_further_with_its_tokenizer(hub_model: Save
     assert (trained.config, its_tokenizer.fingerprint) == (imported.config, tokenizer.fingerprint)
     moved = (trained.embedding.weight - imported.embedding.weight).abs().max()
     assert 0 < moved < 0.5 * imported.embedding.weight.abs().max()
+    export.main([str(tmp_path / "smoke"), str(tmp_path / "out")])
+    assert "From the weights of theirs: 0.0M tokens in 2 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if "apertus" not in name])  # which transformers cannot read
