@@ -11,6 +11,7 @@ a model of Hugging Face's as well: a folder of config.json, *.safetensors and to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -186,8 +187,9 @@ def _remove_old(run_dir: Path, keep: int, every: int) -> None:
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best and (every == 0 or checkpoint.step % every):
             doomed = run_dir / f"{PARTIAL}old-{checkpoint.path.name}"  # half removed is never mistaken for complete
-            checkpoint.path.rename(doomed)
-            shutil.rmtree(doomed)
+            with contextlib.suppress(FileNotFoundError):  # sync_checkpoints.sh --delete was faster
+                checkpoint.path.rename(doomed)
+                shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:

@@ -15,23 +15,16 @@ import signal
 import statistics
 import sys
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from config import PRESETS, Config, TrainingConfig, load_config
+from config import Config, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from accelerate import Accelerator
-
-    from model import GPT
-    from prepare_data import Batch, DatasetPrep
+    pass
 
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
@@ -120,6 +113,17 @@ def train(config: Config) -> int:
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
     from prepare_data import DatasetPrep
+    from runtime import (
+        StopSignal,
+        keep_rows_per_step,
+        like,
+        name_suspects,
+        often_repeated,
+        runs_out_of_memory,
+        start_processes,
+        to_device,
+        validation_scores,
+    )
     from sampling import NonFiniteError, by_module, generate_text
 
     # ---- where we are -------------------------------------------------------------------
@@ -477,221 +481,6 @@ def train(config: Config) -> int:
     if lock:
         lock.close()
     return STOPPED if outcome == "stopped" else 0
-
-
-def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
-    """Join this run's processes: DDP, or with train.fsdp FSDP2. Raises ConfigError for FSDP with one process."""
-    import torch
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        DistributedType,
-        FullyShardedDataParallelPlugin,
-        GradientAccumulationPlugin,
-        InitProcessGroupKwargs,
-    )
-
-    from hardware import AUTOCAST_DTYPES
-
-    # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    # How long the others wait for a process that reads from a slow hub, which may try for longer than NCCL's 10
-    # minutes; then NCCL would end the run with nothing saved.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    fsdp = None
-    if c.fsdp:  # each process keeps some rows of every weight; a block's are gathered while it computes
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        fsdp = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
-            reshard_after_forward=True,
-            # Gathered in the products' format: autocast would keep a copy of every weight until the backward pass.
-            mixed_precision_policy=MixedPrecisionPolicy(
-                AUTOCAST_DTYPES.get(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
-            ),
-            # Not used; left out, accelerate would take them from variables of the environment.
-            cpu_offload=False,
-            cpu_ram_efficient_loading=False,
-            activation_checkpointing=False,
-        )
-    accelerator = Accelerator(
-        fsdp_plugin=fsdp,
-        mixed_precision=precision if precision in AUTOCAST_DTYPES else "no",
-        cpu=on_cpu,
-        kwargs_handlers=[ddp, patience],
-        # Both are ours, below; without these, accelerate takes them from variables of the environment.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-    )
-    if c.fsdp and accelerator.num_processes == 1:
-        raise ConfigError(
-            "train.fsdp divides the model among several devices, and this run has one; start a process for each, "
-            "such as accelerate launch --num_processes=8 train.py, or leave --train.fsdp out"
-        )
-    if c.fsdp and on_cpu:  # where accelerate ignores the plugin, though FSDP2 works
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = fsdp
-    return accelerator
-
-
-def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> Config:
-    """The configuration with the accumulation that keeps a saved run's rows per step on this many devices."""
-    rows_at_once = config.train.batch_size * world_size
-    if rows_per_step % rows_at_once:
-        remedy = "choose another --train.batch_size" if config.train.batch_size > 1 else "use fewer"
-        raise ConfigError(
-            f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
-            f"{config.train.batch_size} x {world_size} devices; {remedy}"
-        )
-    train = dataclasses.replace(config.train, gradient_accumulation_steps=rows_per_step // rows_at_once)
-    return dataclasses.replace(config, train=train)
-
-
-def runs_out_of_memory(
-    accelerator: Accelerator,
-    trained: torch.nn.Module,
-    model: GPT,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batch_size: int,
-) -> bool:
-    """Whether so many rows are too many for this process: tried, with room set aside for the optimizer's state.
-
-    The processes exchange nothing meanwhile, so that one may fail alone. (FSDP's would wait for each other.)
-    """
-    import torch
-
-    ids = torch.zeros(batch_size, model.config.max_length, dtype=torch.int64, device=model.device)
-    room = None
-    try:
-        if not any(optimizer.state for optimizer in optimizers):  # made by the first step: at most two numbers a weight
-            room = torch.empty(2 * model.parameter_counts()["total"], device=model.device)
-        with accelerator.no_sync(trained):
-            accelerator.backward(0.0 * trained(ids, ids))
-        return False
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if explain(error) is None:
-            raise
-        return True
-    finally:
-        del room
-        model.zero_grad(set_to_none=True)
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def like(config: Config, parent: Config) -> Config:
-    """The configuration with another's model settings and tokenizer, for weights that come from there."""
-    if config.model not in (parent.model, *(preset.model for preset in PRESETS.values())):
-        raise ConfigError(
-            "with --init_from the model's settings are those of its checkpoint; leave the --model options out"
-        )
-    tokenizer, n_vocab = parent.data.tokenizer, parent.data.bpe_vocab_size
-    data = dataclasses.replace(config.data, tokenizer=tokenizer, bpe_vocab_size=n_vocab)
-    return dataclasses.replace(config, model=parent.model, data=data)
-
-
-def name_suspects(
-    run_dir: Path,
-    step: int,
-    accelerator: Accelerator,
-    model: GPT,
-    batch: Batch,
-    data: DatasetPrep,
-    token_byte_length: torch.Tensor,
-    batch_size: int,
-) -> str:
-    """Score each row of a step that is not finite, write all to non-finite.json, and name the worst in a sentence."""
-    import numpy as np
-    from accelerate.utils import gather_object
-
-    from files import write_json
-    from metrics import rows_to_score, score_rows, without_nan
-
-    rows = np.concatenate([batch.inputs, batch.targets[:, -1:].clip(min=0)], axis=1)
-    batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
-    with accelerator.autocast():
-        score = score_rows(model, rows, token_byte_length, batch_size)
-    names = [data.config.current_datasets[i] for i in batch.sources]
-    losses = (score.nats / score.tokens).tolist()
-    texts = [data.tokenizer.decode(row.tolist()) for row in rows]
-    table = [
-        {"dataset": name, "loss": loss, "process": accelerator.process_index, "text": text}
-        for name, loss, text in zip(names, losses, texts, strict=True)
-    ]
-    table = sorted(gather_object(table), key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
-    if accelerator.is_main_process:
-        path = run_dir / "non-finite.json"
-        write_json(path, without_nan({"step": step, "rows": table}))
-    n_broken = sum(not math.isfinite(row["loss"]) for row in table)
-    which = f"{n_broken} of its {len(table)} rows, first" if n_broken else "no row by itself; the worst"
-    return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {run_dir / 'non-finite.json'})"
-
-
-def often_repeated(data: DatasetPrep, tokens: int) -> str:
-    """The datasets that a run of so many tokens passes over more than 4 times, as far as their sizes are known."""
-    try:
-        sizes = data.tokens_per_epoch(sample=50)
-    except ConfigError:
-        return ""
-    shares = zip(data.config.current_datasets, data.config.dataset_probabilities, strict=True)
-    passes = {name: tokens * share / max(1, sizes[name]) for name, share in shares}
-    return ", ".join(f"{name} {n:.0f} times" for name, n in passes.items() if n > 4)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy without waiting: CUDA can do so from pinned memory."""
-    import torch
-
-    tensor = torch.from_numpy(array).contiguous()
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def validation_scores(
-    accelerator: Accelerator,
-    model: GPT,
-    held_out: dict[str, np.ndarray],
-    token_byte_length: torch.Tensor,
-    batch_size: int,
-) -> dict[str, dict[str, float]]:
-    """Score.summary of each dataset's held-out rows, and of "all" together. The processes share the rows."""
-    from accelerate.utils import gather_object
-
-    from metrics import Score, rows_to_score, score_rows
-
-    scores = {}
-    batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
-    for name, rows in held_out.items():
-        share = rows[accelerator.process_index :: accelerator.num_processes]
-        if len(share) % batch_size == 0 and len(share) * accelerator.num_processes < len(rows):
-            # The first process has one row more, in one batch more. Under FSDP they go through the model together.
-            score_rows(model, rows[:1], token_byte_length, batch_size)
-        scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size)]))
-    scores["all"] = Score.concatenate(list(scores.values()))
-    return {name: score.summary() for name, score in scores.items()}
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGHUP, so that the loop can end between two steps; the third one kills at once."""
-
-    def __init__(self) -> None:
-        self.received, self._last = 0, -math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if time.monotonic() - self._last < 1:  # a box that shuts down signals us, our launcher and our supervisor, and
-            return  # each of them passes it on: that is one request
-        self._last = time.monotonic()
-        self.received += 1
-        if self.received == 1:
-            with contextlib.suppress(OSError):  # print may be in the middle of another line, or the terminal gone
-                os.write(2, b"stopping after this step and saving ...\n")
-        if self.received >= 3:
-            os._exit(128 + number)
 
 
 if __name__ == "__main__":

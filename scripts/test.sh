@@ -40,6 +40,16 @@ stage() {
 install() {
   install_requirements requirements.txt
   install_requirements requirements-dev.txt
+  install_ssh_server
+}
+
+# Debian's, for the tests of the sync. Where it cannot be installed they are skipped, and say so.
+install_ssh_server() {
+  if [[ -x /usr/sbin/sshd ]] && command -v rsync >/dev/null; then return; fi
+  if ((EUID)) || ! command -v apt-get >/dev/null; then return; fi
+  say "Installing openssh-server and rsync"
+  { apt-get update && apt-get install -y --no-install-recommends openssh-server rsync; } >/dev/null </dev/null ||
+    say "That failed, so the tests that need them are skipped"
 }
 
 if [[ ! $skip_deps ]]; then stage "requirements" install; fi

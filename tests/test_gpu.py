@@ -39,7 +39,7 @@ from errors import ConfigError
 from hardware import PEAK_TFLOPS, allow_tf32, best_dtype, choose_precision, default_device, peak_flops, why_not_compile
 from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, BlockAttention, HeadLoss, KVCache
 from optim import build_optimizers, orthogonalize
-from train import to_device
+from runtime import to_device
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")

@@ -212,9 +212,9 @@ import os, resource, sys
 limit = int(os.environ.get("LIMIT_MB_OF_RANK_" + os.environ.get("RANK", "0"), "0"))
 sys.argv[:] = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import train
+import runtime, train
 from errors import exit_code_of
-tried = train.runs_out_of_memory
+tried = runtime.runs_out_of_memory
 
 def limited(*arguments):
     now = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
@@ -226,7 +226,7 @@ def limited(*arguments):
         resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
 if limit:
-    train.runs_out_of_memory = limited
+    runtime.runs_out_of_memory = limited
 raise SystemExit(exit_code_of(train.main))
 """
 
