@@ -94,7 +94,7 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     val_loss: float | None,
 ) -> Path:
-    """Write step-NNNNNNNN and return it; then remove checkpoints that train.keep_checkpoints no longer keeps.
+    """Write step-NNNNNNNN and return it; then remove those that train.keep_checkpoints and keep_every do not keep.
 
     tensors: from gather_tensors. state: whatever else a resume needs (data position, tokens seen), as JSON.
     Raises DiskError when there is no room; what was there before is untouched then.
@@ -128,14 +128,15 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise DiskError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from None
-    _remove_old(run_dir, config.train.keep_checkpoints)
+    _remove_old(run_dir, config.train.keep_checkpoints, config.train.keep_every)
     return final
 
 
 def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:
     """status.json: how the run stands or ended, for scripts (launchers do not pass exit codes on).
 
-    outcome: running, complete, stopped (resume it) or failed (with the exit code and the error).
+    outcome: running, complete, stopped (resume it) or failed (with the exit code and the error). A run that was killed,
+    or ended by its watchdog, still says running, with the number of a process that is gone.
     """
     status = {"outcome": outcome, "step": step, "time": round(time.time(), 3), "process": os.getpid(), **details}
     write_json(run_dir / "status.json", status)
@@ -178,13 +179,13 @@ def gather_tensors(model: GPT, optimizers: Iterable[torch.optim.Optimizer], keep
     return tensors
 
 
-def _remove_old(run_dir: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints and the one with the lowest validation loss."""
+def _remove_old(run_dir: Path, keep: int, every: int) -> None:
+    """Keep the newest `keep` checkpoints, that of each `every`th step, and that with the lowest validation loss."""
     checkpoints = list_checkpoints(run_dir)
     measured = [c for c in checkpoints if c.val_loss is not None]
     best = min(measured, key=lambda c: (c.val_loss, -c.step), default=None)
     for checkpoint in checkpoints[:-keep]:
-        if checkpoint != best:
+        if checkpoint != best and (every == 0 or checkpoint.step % every):
             doomed = run_dir / f"{PARTIAL}old-{checkpoint.path.name}"  # half removed is never mistaken for complete
             checkpoint.path.rename(doomed)
             shutil.rmtree(doomed)
@@ -337,10 +338,15 @@ def load_weights(model: GPT, path: Path) -> None:
     try:
         if model.config.tie_embeddings:
             tensors["head.weight"] = tensors["embedding.weight"]
-        own = model.state_dict()
-        model.load_state_dict({name: _divided_like(own.get(name), tensor) for name, tensor in tensors.items()})
+        copy_weights(model, tensors)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path} holds other weights than its config.json says ({error})") from None
+
+
+def copy_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Fill a model, divided by FSDP or not, with weights by name. Raises RuntimeError when shapes or names differ."""
+    own = model.state_dict()
+    model.load_state_dict({name: _divided_like(own.get(name), tensor) for name, tensor in weights.items()})
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -390,19 +396,24 @@ def _divided_like(parameter: Any, whole: Tensor) -> Tensor:
 def check_same_run(path: Path, config: Config) -> None:
     """Refuse to resume a run whose model, data or schedule changed. Raises CheckpointError with each change.
 
-    Whether the texts themselves are the same, DatasetPrep.load_state_dict checks.
+    Whether the texts themselves are the same, DatasetPrep.load_state_dict checks. With restart_data both may change.
     """
     saved = read_config(path)
     changes = []
-    for group, free in (("data", _FREE_DATA_FIELDS), ("model", set()), ("train", _FREE_TRAINING_FIELDS)):
+    free_data = set(vars(saved.data)) - _TOKENIZER_FIELDS if config.restart_data else _FREE_DATA_FIELDS
+    for group, free in (("data", free_data), ("model", set()), ("train", _FREE_TRAINING_FIELDS)):
         old, new = dataclasses.asdict(getattr(saved, group)), dataclasses.asdict(getattr(config, group))
         changes += [f"{group}.{k} {old[k]} -> {new[k]}" for k in old if k not in free and old[k] != new[k]]
     if changes:
+        only_data = all(change.startswith("data.") for change in changes) and not config.restart_data
+        remedy = ", or --restart_data to go on with other documents" if only_data else ""
         raise CheckpointError(
-            f"cannot resume {path}: {'; '.join(changes)}. Use the old values, or another --train.run_name for a new run"
+            f"cannot resume {path}: {'; '.join(changes)}. Use the old values, another --train.run_name for a new run"
+            f"{remedy}"
         )
 
 
+_TOKENIZER_FIELDS = {"tokenizer", "bpe_vocab_size"}  # a model's ids mean what its tokenizer says
 # Places, which say nothing about what is there: the data's position carries hashes of the files and refuses others.
 _FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 # What may change between a run and its continuation without changing what is learned. (Batch size and
@@ -410,7 +421,8 @@ _FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 _FREE_TRAINING_FIELDS = {
     "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "fit_memory", "activation_checkpointing",
     "max_steps", "epochs", "precision", "compile", "fsdp",
-    "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints",
+    "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every",
+    "hang_minutes", "max_spike",
 }  # fmt: skip
 
 

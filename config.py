@@ -214,13 +214,17 @@ class TrainingConfig:
     save_every: int = 1000  # optimizer steps between checkpoints; the last step is always saved
     save_minutes: float = 30.0  # save also when the last checkpoint is older than this; 0: by steps only
     keep_checkpoints: int = 3  # newest checkpoints kept; the one with the best validation loss is kept as well
+    keep_every: int = 0  # keep also each checkpoint whose step is a multiple of this; 0: none
+    hang_minutes: float = 30.0  # end the run, showing where it hangs, when a step takes longer than this; 0: never
+    max_spike: float = 0.0  # when a loss is so many nats above its recent median: undo, skip what led there; 0: never
 
     def validate(self) -> None:
         _positive(
             "train", self, "batch_size", "gradient_accumulation_steps", "epochs", "lr", "embedding_lr", "head_lr",
             "log_every", "eval_every", "save_every", "keep_checkpoints",
         )  # fmt: skip
-        for name in ("max_steps", "weight_decay", "warmup_tokens", "max_grad_norm", "save_minutes"):
+        not_negative = "max_steps", "weight_decay", "warmup_tokens", "max_grad_norm", "save_minutes", "keep_every"
+        for name in (*not_negative, "hang_minutes", "max_spike"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"train.{name} is {value}; use 0 or a positive number")
         for name in ("cooldown_fraction", "final_lr_fraction"):
@@ -286,6 +290,8 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     resume: bool = False  # continue the run from its newest complete checkpoint; start it if there is none
+    restart_data: bool = False  # resume with other datasets or shares: the run goes on, its documents begin anew
+    init_from: str = ""  # start a new run with the weights, model settings and tokenizer of this checkpoint
 
     def validate(self, world_size: int = 1) -> typing.Self:
         """Check every field and every pair that can contradict; returns self, raises ConfigError.

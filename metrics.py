@@ -91,6 +91,8 @@ def without_nan(value: Any) -> Any:
     """The same with null for NaN and infinity, which JSON does not have: such as the standard error of one row."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

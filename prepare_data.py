@@ -157,13 +157,13 @@ class PackedStream:
 class Batch:
     """This process's part of one optimizer step: inputs and targets (rows, T) int64; IGNORED targets do not count.
 
-    n_targets: targets that do count. mix: of these, how many came from each source.
+    n_targets: targets that do count. sources (rows,): the index of each row's dataset.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     n_targets: int
-    mix: np.ndarray
+    sources: np.ndarray
 
     def split(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(inputs, targets) of so many rows at a time."""
@@ -258,17 +258,17 @@ class DatasetPrep:
     def empty_batch(self) -> Batch:
         """Rows without targets: for a process whose documents are used up while others still have some."""
         shape = (self._rows_per_stream * len(self._streams), self._length)
-        mix = np.zeros(len(self.sources), dtype=np.int64)
-        return Batch(np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64), 0, mix)
+        ids, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        return Batch(ids, targets, 0, np.zeros(shape[0], dtype=np.int64))
 
     def _next_batch(self) -> Batch | None:
         rows = np.zeros((self._rows_per_stream * len(self._streams), self._length + 1), dtype=np.int64)
-        mix = np.zeros(len(self.sources), dtype=np.int64)
-        unfilled = []
+        sources = np.zeros(len(rows), dtype=np.int64)
+        n_targets, unfilled = 0, []
         order = itertools.product(range(self._rows_per_stream), self._streams.values())
         for i, (_, stream) in enumerate(order):
-            source, n = stream.next_row(rows[i])
-            mix[source] += max(0, n - 1)
+            sources[i], n = stream.next_row(rows[i])
+            n_targets += max(0, n - 1)
             if n < rows.shape[1]:
                 unfilled.append((i, n))
         inputs, targets = rows[:, :-1], rows[:, 1:]  # views of the same ids
@@ -276,7 +276,7 @@ class DatasetPrep:
             targets = targets.copy()
             for i, n in unfilled:
                 targets[i, max(0, n - 1) :] = IGNORED
-        return Batch(inputs, targets, int(mix.sum()), mix) if mix.any() else None
+        return Batch(inputs, targets, n_targets, sources) if n_targets else None
 
     def close(self) -> None:
         """Stop reading ahead; waits for the thread, which may be in the middle of a read."""
@@ -304,7 +304,8 @@ class DatasetPrep:
         if state.get("format") != STATE_FORMAT or changed:
             raise StateMismatch(
                 f"the saved data position does not fit: {', '.join(changed) or 'its format'} changed; "
-                f"use the data and settings of the saved run, or start a new one with another --train.run_name"
+                f"use the data and settings of the saved run, start a new one with another --train.run_name, or "
+                f"continue with --restart_data"
             )
         for v, stream in self._streams.items():
             for source, saved in zip(stream.sources, state["streams"][str(v)], strict=True):

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 import warnings
+from collections import Counter, deque
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, TrainingConfig, load_config
+from config import PRESETS, Config, TrainingConfig, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from model import GPT
-    from prepare_data import DatasetPrep
+    from prepare_data import Batch, DatasetPrep
 
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
@@ -63,14 +66,18 @@ def train(config: Config) -> int:
 
     from checkpoint import (
         check_same_run,
+        copy_weights,
         gather_tensors,
+        load_model,
         load_tokenizer,
         load_training_state,
         newest_checkpoint,
         open_run,
         put_damaged_aside,
+        read_config,
         read_state,
         save_checkpoint,
+        verify_checkpoint,
         write_status,
     )
     from files import write_json
@@ -130,6 +137,14 @@ def train(config: Config) -> int:
         )
     if is_main:
         write_status(run_dir, "running", newest.step if newest else 0)
+    saved_tokenizer = load_tokenizer(newest.path) if newest else None
+    if config.init_from:  # only now it is known whether the run has weights of its own
+        if newest:
+            config = like(config, read_config(newest.path))
+        else:
+            parent, saved_tokenizer, parents_config, _ = load_model(config.init_from)
+            config = like(config, parents_config)
+        config.validate(world_size)
     rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
     if c.fit_memory:
         one_row = dataclasses.replace(config, train=dataclasses.replace(c, batch_size=1))
@@ -148,7 +163,6 @@ def train(config: Config) -> int:
     say(f"device    {world_size} x {describe(device)} | {precision}")
     epochs = None if c.max_steps else c.epochs
     with accelerator.main_process_first():  # the others find the tokenizer and held-out rows that it made
-        saved_tokenizer = load_tokenizer(newest.path) if newest else None
         data = DatasetPrep(
             config.data, config.model.max_length, rows_per_step, rank, world_size, epochs, saved_tokenizer
         )
@@ -159,6 +173,10 @@ def train(config: Config) -> int:
     set_seed(c.seed)
     model = GPT(config.model.resolved(tokenizer.n_vocab))
     model.activation_checkpointing = c.activation_checkpointing
+    if config.init_from and not newest:
+        copy_weights(model, parent.state_dict())
+        del parent
+        say(f"weights   of {config.init_from}")
     if not c.fsdp:  # which takes each process's rows to its device: all might not fit there
         model = model.to(device)
     optimizers = build_optimizers(model, c)
@@ -172,15 +190,24 @@ def train(config: Config) -> int:
     trained, *_ = accelerator.prepare(torch.compile(model) if compiled and not c.fsdp else model, *optimizers)
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
+    recent_losses: deque[float] = deque(maxlen=100)
+    first_data_step = 0  # where the documents began: not at 0 if --restart_data changed them
     if newest and state:
         check_same_run(newest.path, config)
         load_training_state(newest.path, model, optimizers)
-        data.load_state_dict(state["data"])
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
-        if not c.max_steps and state["epochs"] == c.epochs:
-            total_steps = state["total_steps"]
+        recent_losses.extend(state.get("recent_losses", []))
+        if config.restart_data and state["data"]["identity"] != data.identity():
+            first_data_step = step
+            say(f"data      changed since step {step}: its documents begin anew")
+        else:
+            data.load_state_dict(state["data"])
+            first_data_step = state.get("first_data_step", 0)
+            if not c.max_steps and state["epochs"] == c.epochs:
+                total_steps = state["total_steps"]
     if not total_steps:
-        total_steps = math.ceil(sum(data.tokens_per_epoch().values()) * c.epochs / tokens_per_step)
+        per_epoch = sum(data.tokens_per_epoch().values()) / tokens_per_step
+        total_steps = first_data_step + math.ceil(per_epoch * c.epochs)
     config.check_length(total_steps, world_size)
     warmup_steps = config.warmup_steps(world_size)
 
@@ -207,6 +234,22 @@ def train(config: Config) -> int:
         if is_main:
             write_status(run_dir, "complete", step, exit_code=0)
         return 0
+    stop_signal = StopSignal()
+    started = last_save = time.perf_counter()
+    while not c.fsdp and accelerator.reduce(
+        torch.tensor(float(runs_out_of_memory(accelerator, trained, model, optimizers, c.batch_size)), device=device)
+    ):
+        fewer = [n for n in range(1, c.batch_size) if rows_per_step // world_size % n == 0]
+        if not fewer:
+            raise ConfigError(
+                "out of memory with a single row; use a smaller model or context, or --train.activation_checkpointing"
+            )
+        c = dataclasses.replace(c, batch_size=fewer[-1])
+        config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
+        c = config.train
+        say(f"memory    too little for that; now {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated")
+        torch.compiler.reset()  # or it would compile for any number of rows, which is slower
+    seconds_trained += time.perf_counter() - started  # most of it is compiling
     if is_main:
         write_json(run_dir / "config.json", config.to_dict())
     log = MetricsFile(run_dir / "metrics.jsonl", step) if is_main else None
@@ -252,24 +295,30 @@ def train(config: Config) -> int:
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
                 "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
-                "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "data": data_state,
+                "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "recent_losses": [*recent_losses],
+                "first_data_step": first_data_step, "data": data_state,
             }  # fmt: skip
             path = save_checkpoint(run_dir, step, tensors, state, config, tokenizer, val_loss)
             write_status(run_dir, "running", step)
             say(f"  saved    {path}")
         accelerator.wait_for_everyone()
 
+    def watch() -> None:
+        """From now on, all threads' stacks and the end of the process if it is not called again in time."""
+        if c.hang_minutes:  # a thread in C: it does not wait for Python's lock, which may be what hangs
+            faulthandler.dump_traceback_later(60 * c.hang_minutes, exit=True, file=sys.__stderr__ or 2)
+
     # ---- the loop ---------------------------------------------------------------------------
-    stop_signal = StopSignal()
     progress.reset(total_steps)
     progress.update(step)
-    started = last_save = time.perf_counter()
     meter = Meter()
     position, val_loss = data.state_dict(), None
     first_step = saved_step = step
     max_grad_norm = c.max_grad_norm or math.inf
+    undone: Counter[int] = Counter()  # by the step of the checkpoint that a spike led back to
     outcome = "complete"
     while c.max_steps == 0 or step < c.max_steps:  # epochs end by themselves: total_steps is about where
+        watch()
         step_started = time.perf_counter()
         waited = data.seconds_waited
         batch = next(data, None)  # None: this process's documents are used up; others may still have some
@@ -305,11 +354,47 @@ def train(config: Config) -> int:
         # fp16's scaled loss gives infinite gradients as a matter of course: then the scale is halved and all optimizers
         # leave the step out. (accelerate's own step would take the scale out of the second one's gradients twice.)
         finite, scaler = math.isfinite(grad_norm), accelerator.scaler
-        if not math.isfinite(loss) or not (finite or (scaler and scaler.get_scale() >= 1)):
+        broken = not math.isfinite(loss) or not (finite or (scaler and scaler.get_scale() >= 1))
+        usual_loss = statistics.median(recent_losses) if len(recent_losses) >= 10 else math.inf
+        if c.max_spike and (broken or loss > usual_loss + c.max_spike) and (back := newest_checkpoint(run_dir)):
+            undone[back.step] += 1
+            if undone[back.step] > 3:
+                raise NonFiniteError(
+                    f"loss {loss:.3f} at step {step + 1}, the fourth spike since the checkpoint of step {back.step}; "
+                    f"other documents do not help: start anew with a lower --train.lr"
+                )
+            say(
+                f"  undone   loss {loss:.3f} at step {step + 1}, usually {usual_loss:.3f}: back to step {back.step}, "
+                f"and on behind the documents that led here and those of {10 ** undone[back.step]} further steps"
+            )
+            for _ in range(10 ** undone[back.step]):  # what is odd is seldom odd in one batch only
+                next(data, None)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            verify_checkpoint(back.path)
+            load_training_state(back.path, model, optimizers)
+            state = read_state(back.path)
+            step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
+            recent_losses = deque(state["recent_losses"], recent_losses.maxlen)
+            progress.reset(total_steps)
+            progress.update(step)
+            position, val_loss = data.state_dict(), back.val_loss
+            if is_main:  # without the lines of the steps that are undone
+                log = MetricsFile(run_dir / "metrics.jsonl", step)
+            record("undone", loss=loss, usual_loss=usual_loss)
+            accelerator.wait_for_everyone()  # until all have read it
+            save()  # so that a resume leaves these documents out as well
+            continue
+        if broken:
+            suspects = name_suspects(
+                run_dir, step + 1, accelerator, model, batch, data, token_byte_length, c.batch_size
+            )
             raise NonFiniteError(
                 f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
-                f"Continue from the last checkpoint with --resume, or start anew with a lower --train.lr"
+                f"{suspects}. Continue from the last checkpoint with --resume, skip such documents with "
+                f"--train.max_spike 1, or start anew with a lower --train.lr"
             )
+        recent_losses.append(loss)
         for optimizer in optimizers:
             if finite:
                 optimizer.step()
@@ -322,7 +407,7 @@ def train(config: Config) -> int:
         position = data.state_dict()
         seconds = time.perf_counter() - step_started
         seconds_trained += seconds
-        if step > first_step + 1:  # the first one compiles
+        if step > first_step + 1:  # the first one compiles what is left to compile
             meter.add(n_targets, seconds, data.seconds_waited - waited)
         progress.update()
         is_end = step == c.max_steps
@@ -332,14 +417,17 @@ def train(config: Config) -> int:
                 values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world_size)
             say(log_line(step, total_steps, values, tokens_per_step))
             record("train", **values, seconds=seconds_trained)
+        watch()
         val_loss = validate() if step % c.eval_every == 0 or is_end else None
         if step % c.save_every == 0 or is_end or save_is_due:
+            watch()
             save()
             saved_step, last_save = step, time.perf_counter()
 
     # ---- the end ------------------------------------------------------------------------------
     data.close()
     progress.close()
+    watch()
     if saved_step < step:  # stopped by a signal, or by the end of the last epoch
         val_loss = validate() if outcome == "complete" else None
         save()
@@ -350,6 +438,7 @@ def train(config: Config) -> int:
     if outcome == "stopped":
         say("everything is saved; run the same command with --resume to continue")
     accelerator.end_training()
+    faulthandler.cancel_dump_traceback_later()
     if lock:
         lock.close()
     return STOPPED if outcome == "stopped" else 0
@@ -430,6 +519,86 @@ def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> C
         )
     train = dataclasses.replace(config.train, gradient_accumulation_steps=rows_per_step // rows_at_once)
     return dataclasses.replace(config, train=train)
+
+
+def runs_out_of_memory(
+    accelerator: Accelerator,
+    trained: torch.nn.Module,
+    model: GPT,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch_size: int,
+) -> bool:
+    """Whether so many rows are too many for this process: tried, with room set aside for the optimizer's state.
+
+    The processes exchange nothing meanwhile, so that one may fail alone. (FSDP's would wait for each other.)
+    """
+    import torch
+
+    ids = torch.zeros(batch_size, model.config.max_length, dtype=torch.int64, device=model.device)
+    room = None
+    try:
+        if not any(optimizer.state for optimizer in optimizers):  # made by the first step: at most two numbers a weight
+            room = torch.empty(2 * model.parameter_counts()["total"], device=model.device)
+        with accelerator.no_sync(trained):
+            accelerator.backward(0.0 * trained(ids, ids))
+        return False
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if explain(error) is None:
+            raise
+        return True
+    finally:
+        del room
+        model.zero_grad(set_to_none=True)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def like(config: Config, parent: Config) -> Config:
+    """The configuration with another's model settings and tokenizer, for weights that come from there."""
+    if config.model not in (parent.model, *(preset.model for preset in PRESETS.values())):
+        raise ConfigError(
+            "with --init_from the model's settings are those of its checkpoint; leave the --model options out"
+        )
+    tokenizer, n_vocab = parent.data.tokenizer, parent.data.bpe_vocab_size
+    data = dataclasses.replace(config.data, tokenizer=tokenizer, bpe_vocab_size=n_vocab)
+    return dataclasses.replace(config, model=parent.model, data=data)
+
+
+def name_suspects(
+    run_dir: Path,
+    step: int,
+    accelerator: Accelerator,
+    model: GPT,
+    batch: Batch,
+    data: DatasetPrep,
+    token_byte_length: torch.Tensor,
+    batch_size: int,
+) -> str:
+    """Score each row of a step that is not finite, write all to non-finite.json, and name the worst in a sentence."""
+    import numpy as np
+    from accelerate.utils import gather_object
+
+    from files import write_json
+    from metrics import rows_to_score, score_rows, without_nan
+
+    rows = np.concatenate([batch.inputs, batch.targets[:, -1:].clip(min=0)], axis=1)
+    batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
+    with accelerator.autocast():
+        score = score_rows(model, rows, token_byte_length, batch_size)
+    names = [data.config.current_datasets[i] for i in batch.sources]
+    losses = (score.nats / score.tokens).tolist()
+    texts = [data.tokenizer.decode(row.tolist()) for row in rows]
+    table = [
+        {"dataset": name, "loss": loss, "process": accelerator.process_index, "text": text}
+        for name, loss, text in zip(names, losses, texts, strict=True)
+    ]
+    table = sorted(gather_object(table), key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
+    if accelerator.is_main_process:
+        path = run_dir / "non-finite.json"
+        write_json(path, without_nan({"step": step, "rows": table}))
+    n_broken = sum(not math.isfinite(row["loss"]) for row in table)
+    which = f"{n_broken} of its {len(table)} rows, first" if n_broken else "no row by itself; the worst"
+    return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {run_dir / 'non-finite.json'})"
 
 
 def often_repeated(data: DatasetPrep, tokens: int) -> str:

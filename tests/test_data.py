@@ -32,7 +32,7 @@ from config import DATASETS, DataConfig, Dataset
 from documents import DocumentStream, is_held_out
 from errors import exit_code_of
 from hub import DataError
-from prepare_data import Batch, DatasetPrep, PackedSource, StateMismatch
+from prepare_data import IGNORED, Batch, DatasetPrep, PackedSource, StateMismatch
 from sources import (
     CorruptRecord,
     Document,
@@ -184,12 +184,18 @@ def global_batches(config: DataConfig, world: int, rows: int = 16, **more: Any) 
 def join(parts: list[Batch], n_streams: int) -> Batch:
     world, rows = len(parts), sum(len(part.inputs) for part in parts)
     inputs, targets = (np.zeros((rows, T), dtype=np.int64) for _ in range(2))
+    sources = np.zeros(rows, dtype=np.int64)
     for rank, part in enumerate(parts):
         for i in range(len(part.inputs)):
             turn, k = divmod(i, n_streams // world)
             row = turn * n_streams + rank + k * world
-            inputs[row], targets[row] = part.inputs[i], part.targets[i]
-    return Batch(inputs, targets, sum(p.n_targets for p in parts), np.sum([p.mix for p in parts], axis=0))
+            inputs[row], targets[row], sources[row] = part.inputs[i], part.targets[i], part.sources[i]
+    return Batch(inputs, targets, sum(p.n_targets for p in parts), sources)
+
+
+def mix_of(batch: Batch, n_sources: int = 2) -> np.ndarray:
+    """Targets of each source."""
+    return np.bincount(batch.sources, (batch.targets != IGNORED).sum(axis=1), minlength=n_sources)
 
 
 def assert_same(a: Sequence[Batch], b: Sequence[Batch]) -> None:
@@ -197,7 +203,7 @@ def assert_same(a: Sequence[Batch], b: Sequence[Batch]) -> None:
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         assert np.array_equal(x.inputs, y.inputs), f"batch {i}"
         assert np.array_equal(x.targets, y.targets), f"batch {i}"
-        assert (x.n_targets, x.mix.tolist()) == (y.n_targets, y.mix.tolist()), f"batch {i}"
+        assert (x.n_targets, x.sources.tolist()) == (y.n_targets, y.sources.tolist()), f"batch {i}"
 
 
 @pytest.fixture
@@ -675,9 +681,9 @@ def test_shares_of_tokens_are_the_probabilities_however_long_the_documents(
 ) -> None:
     with opened(short_and_long((share, 1 - share)), rows=64) as data:
         batches = list(itertools.islice(data, 60))
-    mix = np.sum([batch.mix for batch in batches], axis=0)
+    mix = np.sum([mix_of(batch) for batch in batches], axis=0)
     assert abs(mix[0] / mix.sum() - share) < 0.005
-    assert all(batch.mix.min() > 0 for batch in batches), "a batch without one of the datasets"
+    assert all(mix_of(batch).min() > 0 for batch in batches), "a batch without one of the datasets"
     counted = sum(int((batch.inputs == ord("-")).sum()) for batch in batches)
     assert counted / mix.sum() == pytest.approx(share * 54 / 61, rel=0.02)  # 54 of a short one's 61 tokens
 
@@ -703,9 +709,9 @@ def test_the_others_go_on_when_a_dataset_is_used_up(tmp_path: Path, register: Re
     sizes = [
         sum(len(t.encode()) + 1 for t in trained_on(texts)) - 2 for texts in (small, large)
     ]  # 2 streams, whose first
-    assert np.sum([batch.mix for batch in batches], axis=0).tolist() == sizes  # token is no target
-    assert batches[0].mix.min() > 0
-    assert batches[-1].mix[0] == 0
+    assert np.sum([mix_of(batch) for batch in batches], axis=0).tolist() == sizes  # token is no target
+    assert mix_of(batches[0]).min() > 0
+    assert mix_of(batches[-1])[0] == 0
     assert sum(batch.n_targets for batch in batches) == sum(sizes)
 
 
@@ -713,7 +719,7 @@ def test_the_others_keep_their_proportions_when_a_dataset_is_used_up(tmp_path: P
     sizes = {"A": 100, "B": 8000, "C": 900}
     files = {n: [write_jsonl(tmp_path / f"{n}.jsonl", texts_of(n, k))] for n, k in sizes.items()}
     with opened(register((0.5, 0.45, 0.05), files, n_streams=1), rows=8, epochs=1) as data:
-        later = np.sum([batch.mix for batch in itertools.islice(data, 200, 700)], axis=0)
+        later = np.sum([mix_of(batch, 3) for batch in itertools.islice(data, 200, 700)], axis=0)
     assert later[0] == 0
     assert later[1] / later.sum() == pytest.approx(0.9, abs=0.005)
 

@@ -78,7 +78,7 @@ def read_batches(n: int, folder: str, seed: int = 1337, state: Any = None, local
                 data.load_state_dict(json.loads(state))
             for _ in range(n):
                 batch = next(data)
-                digest.update(batch.inputs.tobytes() + batch.targets.tobytes() + batch.mix.tobytes())
+                digest.update(batch.inputs.tobytes() + batch.targets.tobytes() + batch.sources.tobytes())
         finally:
             data.close()
         return digest.hexdigest(), json.dumps(data.state_dict())

@@ -1,0 +1,253 @@
+"""What a run survives: hangs, spikes, too little memory, changed data; and starting from another run's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import ROOT, Runs, weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> str:
+    """An uninterrupted run of 20 steps."""
+    out, _ = runs("whole")
+    return out
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+
+# ---- checkpoints kept -------------------------------------------------------------------------------
+
+
+def test_every_nth_checkpoint_is_kept_beside_the_newest_and_the_best(runs: Runs) -> None:
+    runs("kept", "--train.save_every", "2", "--train.keep_checkpoints", "1", "--train.keep_every", "6")
+    best = min(
+        (r for r in runs.records("kept") if r["kind"] == "validation"), key=lambda r: r["datasets"]["all"]["loss"]
+    )
+    assert steps_of(runs.folder / "kept") == sorted({6, 12, 18, 20, best["step"]})
+
+
+# ---- another run's weights, other data --------------------------------------------------------------
+
+
+def test_a_new_run_begins_with_the_weights_and_tokenizer_of_another(runs: Runs, whole: str, tmp_path: Path) -> None:
+    parent = runs.checkpoint("whole", 20)
+    text = tmp_path / "own.txt"
+    text.write_text("\n\n".join(f"The state of document {i} is good, said the president." for i in range(400)))
+    data = ["--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.local_files", str(text)]
+    out, _ = runs("child", "--init_from", str(parent.parent), *data, "--train.max_steps", "12")
+    assert f"weights   of {parent.parent}" in out
+    child = runs.checkpoint("child", 12)
+    assert json.loads((child / "tokenizer.json").read_text()) == json.loads((parent / "tokenizer.json").read_text())
+    losses = runs.losses("child")
+    assert losses[0] < runs.losses("whole")[0] - 1  # it knows some English
+    assert losses[-1] < losses[0]
+
+    parent_bytes = weights(parent)
+    text.unlink()  # what it began from may go, as may the text when nothing is left to do
+    text.write_text("\n\n".join(f"The state of document {i} is good, said the president." for i in range(400)))
+    out, _ = runs("child", "--init_from", "gone", *data, "--train.max_steps", "14", "--resume")
+    assert "step 12 to 14" in out
+    assert weights(parent) == parent_bytes
+
+
+def test_the_first_step_from_anothers_weights_has_that_models_loss(runs: Runs, whole: str) -> None:
+    runs("same-data", "--init_from", str(runs.checkpoint("whole", 10)), "--train.max_steps", "10")
+    fresh, inherited = runs.losses("whole"), runs.losses("same-data")
+    assert abs(inherited[0] - fresh[10]) < abs(inherited[0] - fresh[0]) / 4
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--init_from", "{folder}/nowhere"], 4, "is not there; give the folder of a run"),
+        (["--init_from", "{folder}/whole", "--model.d_model", "96"], 2, "leave the --model options out"),
+    ],
+)
+def test_weights_that_cannot_be_taken_over_are_refused(
+    runs: Runs, whole: str, options: list[str], code: int, says: str
+) -> None:
+    options = [option.format(folder=runs.folder) for option in options]
+    _, err = runs("refused", *options, code=code)
+    assert says in err
+    assert err.count("\n") == 1, err
+
+
+def test_a_run_goes_on_with_other_data_only_when_told_to_and_only_once(runs: Runs, whole: str) -> None:
+    runs("turning", "--train.max_steps", "10")
+    other = ["--data.dataset_probabilities", "0.9", "0.1", "--resume"]
+    _, err = runs("turning", *other, code=4)
+    assert "data.dataset_probabilities (0.5, 0.5) -> (0.9, 0.1)" in err
+    assert "--restart_data" in err
+
+    out, _ = runs("turning", *other, "--restart_data", "--train.max_steps", "20")
+    assert "its documents begin anew" in out
+    assert "SOTU 90" in out.rpartition("mix so far")[2]
+    assert [r["step"] for r in runs.records("turning") if r["kind"] == "train"] == list(range(1, 21))
+    out, _ = runs("turning", *other, "--restart_data", "--train.max_steps", "22")  # as start.sh repeats it
+    assert "begin anew" not in out
+    other += ["--restart_data", "--train.max_steps", "22", "--data.bpe_vocab_size", "600"]
+    _, err = runs("turning", *other, code=4)
+    assert "data.bpe_vocab_size 512 -> 600" in err
+
+
+# ---- hangs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # the launcher waits half a minute for the process that does not answer
+def test_a_run_that_hangs_ends_by_itself_and_shows_where(runs: Runs) -> None:
+    """One of two processes stops; the other waits for it in an exchange, and no error would ever come."""
+    options = ["--train.max_steps", "100000", "--train.save_every", "5", "--train.hang_minutes", "0.05"]
+    process = runs.start("hanging", *options, processes=2)
+    deadline = time.monotonic() + 120
+    while not runs.checkpoint("hanging", 5).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stopped = children_of(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        _, err = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
+    assert time.monotonic() - began < 60
+    assert "Timeout (0:00:03)!" in err
+    assert 'train.py", line' in err
+    assert process.returncode
+    assert steps_of(runs.folder / "hanging")
+
+
+# ---- numbers that go wrong --------------------------------------------------------------------------
+
+
+def with_garbage(path: Path) -> list[str]:
+    """Simple text, and one document of random characters somewhere in it; the options to train on it."""
+    rng = random.Random(0)
+    words = "one two three four five six seven eight nine ten".split()
+    texts = [" ".join(rng.choices(words, k=120)) for _ in range(600)]
+    texts[200] = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!?;:", k=500))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [
+        "--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.local_files", str(path),
+        "--data.bpe_vocab_size", "300", "--train.max_steps", "120", "--train.save_every", "10", "--train.lr", "0.003",
+    ]  # fmt: skip
+
+
+def test_a_spike_is_undone_and_the_documents_before_it_are_left_out(runs: Runs, tmp_path: Path) -> None:
+    options = [*with_garbage(tmp_path / "text.jsonl"), "--train.max_spike", "0.4"]
+    out, _ = runs("spiking", *options)
+    undone = [r for r in runs.records("spiking") if r["kind"] == "undone"]
+    assert undone, out
+    assert all(r["loss"] > r["usual_loss"] + 0.4 for r in undone)
+    assert out.count("  undone ") >= len(undone)
+    trained = [r for r in runs.records("spiking") if r["kind"] == "train"]
+    assert [r["step"] for r in trained] == list(range(1, 121))  # each once
+    assert max(r["loss"] for r in trained[20:]) < undone[0]["loss"]
+
+    # A run that is interrupted after the spike goes on behind it as well.
+    process = runs.start("interrupted", *options)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("  undone"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    runs("interrupted", *options, "--resume")
+    assert weights(runs.checkpoint("interrupted", 120)) == weights(runs.checkpoint("spiking", 120))
+
+
+def test_two_processes_undo_a_spike_together(runs: Runs, tmp_path: Path) -> None:
+    options = [*with_garbage(tmp_path / "text.jsonl"), "--train.max_spike", "0.4", "--train.max_steps", "120"]
+    out, _ = runs("spiking-2", *options, processes=2)
+    assert out.count("  undone ")
+    assert [r["step"] for r in runs.records("spiking-2") if r["kind"] == "train"] == list(range(1, 121))
+
+
+def test_spikes_that_other_documents_do_not_end_stop_the_run(runs: Runs) -> None:
+    options = ["--train.max_spike", "1e-6", "--train.save_every", "1", "--train.max_steps", "200", "--train.lr", "1e-9"]
+    _, err = runs("restless", *options, "--train.save_every", "10", code=5)
+    assert "the fourth spike since the checkpoint of step" in err
+
+
+def test_a_step_that_is_not_finite_names_its_documents(runs: Runs) -> None:
+    options = ("--train.lr", "1e30", "--train.max_grad_norm", "0", "--train.warmup_tokens", "0")
+    _, err = runs("broken", *options, "--data.seed", "5", code=5)
+    table = json.loads((runs.folder / "broken" / "non-finite.json").read_text())
+    assert len(table["rows"]) == 4
+    assert {row["dataset"] for row in table["rows"]} <= {"SOTU", "WIKI"}
+    assert all(row["text"] for row in table["rows"])
+    assert repr(table["rows"][0]["text"][:60]) in err or " ".join(table["rows"][0]["text"][:60].split())[:20] in err
+    losses = [row["loss"] for row in table["rows"]]
+    broken = [loss for loss in losses if loss is None]
+    assert losses == broken + sorted((loss for loss in losses if loss is not None), reverse=True)  # the worst first
+
+
+# ---- too little memory ------------------------------------------------------------------------------
+
+LIMITED = """
+import os, resource, sys
+limit = int(os.environ.get("LIMIT_MB_OF_RANK_" + os.environ.get("RANK", "0"), "0"))
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import train
+from errors import exit_code_of
+tried = train.runs_out_of_memory
+
+def limited(*arguments):
+    now = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now * 1024 + limit * 2**20, unlimited[1]))
+    try:
+        return tried(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+
+if limit:
+    train.runs_out_of_memory = limited
+raise SystemExit(exit_code_of(train.main))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_too_little_memory_means_a_smaller_micro_batch_and_the_same_tokens_per_step(
+    runs: Runs, tmp_path: Path, processes: int
+) -> None:
+    """The limit is the kernel's, on what the last process may map while it tries; all take its micro-batch."""
+    (tmp_path / "limited.py").write_text(LIMITED)
+    name = f"limited-{processes}"
+    command = runs.command(name, "--model.max_length", "512", "--train.batch_size", "64", "--data.n_streams", "16",
+                           "--train.max_steps", "2", "--train.gradient_accumulation_steps", str(2 // processes),
+                           processes=processes)  # fmt: skip
+    command.insert(command.index(str(ROOT / "train.py")), str(tmp_path / "limited.py"))
+    limit = {"OMP_NUM_THREADS": "1", f"LIMIT_MB_OF_RANK_{processes - 1}": "500"}
+    done = subprocess.run(command, env=os.environ | limit, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "memory    too little for that; now " in done.stdout
+    trained = [r for r in runs.records(name) if r["kind"] == "train"]
+    assert [r["tokens"] for r in trained] == [128 * 512, 2 * 128 * 512]
+    config = json.loads((runs.folder / name / "config.json").read_text())["train"]
+    assert config["batch_size"] < 64
+    assert config["batch_size"] * config["gradient_accumulation_steps"] * processes == 128
