@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from config import GenerationConfig, parse_arguments
-from errors import exit_code_of
+from errors import ConfigError, complain, exit_code_of
+
+if TYPE_CHECKING:
+    from model import GPT
+    from tokenizer import Tokenizer
 
 
 @dataclass
@@ -24,6 +31,14 @@ class Arguments(GenerationConfig):
     checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
     int8: bool = False  # weights rounded to 8 bits: about twice as fast on a CPU
     prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
+    explain: str = ""  # also write a page to this .html: each token's probability, attention, what each layer expects
+
+    def validate(self) -> None:
+        super().validate()
+        if self.explain and (self.num_samples > 1 or self.int8):
+            raise ConfigError(
+                "--explain is of one text, by the weights as they are; leave --num_samples and --int8 out"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,21 +53,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sampling import TextStream, encode_prompt, generate_ids
 
     device = default_device()
-    model, tokenizer, _, _ = load_model(arguments.checkpoint, device, best_dtype(device))
+    model, tokenizer, config, step = load_model(arguments.checkpoint, device, best_dtype(device))
     prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.max_length:
+        if arguments.explain:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens with end-of-text; --explain is of one context, at most "
+                f"{model.config.max_length}: shorten it"
+            )
         print(f"the prompt has {len(ids)} tokens; the model sees its last {model.config.max_length}", file=sys.stderr)
 
     with torch.inference_mode():
         steps = generate_ids(model, ids, tokenizer, arguments, decode=DecodeStep(model, arguments.int8))
         if arguments.num_samples == 1:  # show it as it grows
             print(prompt, end="", flush=True)
-            stream = TextStream(tokenizer)
+            stream, written = TextStream(tokenizer), []
             for (token_id,) in steps:
+                written.append(token_id)
                 if token_id != tokenizer.eot_id:
                     print(stream.add(token_id), end="", flush=True)
             print(stream.end())
+            if arguments.explain:
+                title = f"{config.train.run_name} at step {step:,}"
+                show_inside(model, tokenizer, ids, written, Path(arguments.explain).expanduser(), title)
         else:
             texts = list(zip(*steps, strict=True))  # one tuple of ids a sample
             for number, text in enumerate(texts, start=1):
@@ -61,10 +85,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def show_inside(model: GPT, tokenizer: Tokenizer, prompt: list[int], text: list[int], page: Path, title: str) -> None:
+    """Write a page of what the model computed for this text; in a terminal, print the text coloured by probability."""
+    from explain import MAP_TOKENS, colour_text, explain, page_values
+    from pages import write_page
+
+    ids = [*prompt, *text][: model.config.max_length]
+    explanation = explain(model, ids)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # https://no-color.org
+        print(f"\n{colour_text(explanation, tokenizer)}")
+    notes = []
+    if len(ids) < len(prompt) + len(text):
+        notes.append(
+            f"Shown are the first {len(ids)} of {len(prompt) + len(text)} tokens, which fill the model's context."
+        )
+    if len(ids) > MAP_TOKENS:
+        notes.append(f"Attention is shown among the first {MAP_TOKENS} of {len(ids)} tokens.")
+    write_page(page, "explain.html", title=title, notes=notes, values=page_values(explanation, tokenizer, len(prompt)))
+    for note in notes:
+        complain(note)
+    complain(f"written to {page}")
+
+
 def read_prompt(prompt: str) -> str:
     """The prompt itself, the file after an @, or standard input for -. Raises UserError for a missing file."""
-    from errors import ConfigError
-
     if prompt == "-":
         try:
             return sys.stdin.buffer.read().decode()

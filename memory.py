@@ -45,6 +45,11 @@ class TrainingMemory:
         """The most at a time."""
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
+    @property
+    def checkpoint(self) -> int:
+        """Of a checkpoint on the disk, but for its tokenizer and the like; without train.fsdp."""
+        return self.weights + self.optimizer
+
 
 def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemory:
     """Follow the allocations of a step with so many rows in a micro-batch, without computing anything.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +127,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
+
+
+def code_version() -> str | None:
+    """The commit of this code, with "-dirty" when files differ from it; None outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # not of a repository around this one
+    try:
+        shown = subprocess.run(git, env=environment, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
+    return shown.stdout.strip() or None
 
 
 class Meter:

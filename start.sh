@@ -12,12 +12,17 @@ usage() {
   cat <<'TEXT'
 usage: ./start.sh [--skip-deps] [--dry-run] [-- options of train.py]
 
-Sets up .venv, looks at the hardware and trains. Without a GPU: the demo model, in minutes, and a
-sample of its text. With GPUs: the default run on all of them. Run it again to resume.
+Sets up .venv, looks at the hardware and trains. Run it again to resume.
+Without a GPU: the demo model, in minutes, and a sample of its text.
+With GPUs: the default run on all of them, in the background. It outlives this terminal and is started
+again when it dies. Run this again to watch it; Ctrl-C saves and stops it.
 
   --skip-deps   install nothing; use the active environment, .venv, or python as it is
   --dry-run     set up and check everything, print the plan and the settings, start nothing
   -h, --help    show this
+
+Several machines, with --train.out_dir on a disk that they share: run it on each, with NUM_MACHINES,
+MACHINE_RANK (0 and up), MASTER_ADDR and MASTER_PORT (of the machine of rank 0) in the environment.
 
 example: ./start.sh -- --preset gpt2 --train.run_name first
 TEXT
@@ -50,19 +55,33 @@ unknown_option() {
   die 2 "unknown option $1; $hint"
 }
 
-# What the options for train.py say about the run, so that the sample is taken from the right folder.
+# What the options for train.py say about the run: its folder, and whether it is the demo.
 read_train_options() {
   local i option value
   preset='' run_name='' out_dir=checkpoints
   for ((i = 0; i < ${#train_options[@]}; i++)); do
     option=${train_options[i]} value=${train_options[i + 1]:-}
     if [[ $option == --*=* ]]; then value=${option#*=} option=${option%%=*}; fi
-    case $option in
-      --preset) preset=$value ;;
-      --train.run_name) run_name=$value ;;
-      --train.out_dir) out_dir=$value ;;
+    case ${option//-/_} in
+      __preset) preset=$value ;;
+      __train.run_name) run_name=$value ;;
+      __train.out_dir) out_dir=${value/#\~\//$HOME/} ;;
     esac
   done
+}
+
+# Sets `machines` and `machine`, this one's rank, from the environment: only there do the machines differ.
+read_machines() {
+  local name count=${NUM_MACHINES:-} port=${MASTER_PORT:-29500}
+  machines=${count:-1} machine=${MACHINE_RANK:-0}
+  for name in MACHINE_RANK MASTER_ADDR MASTER_PORT; do
+    if [[ ($count && $count != 1 && ! ${!name:-}) || (! $count && ${!name:-}) ]]; then
+      die 2 "NUM_MACHINES is ${count:-not set} and $name is ${!name:-not set}; several machines need NUM_MACHINES, MACHINE_RANK, MASTER_ADDR and MASTER_PORT, one machine none of them"
+    fi
+  done
+  if ! [[ "$machines $machine $port" =~ ^[1-9][0-9]{0,3}\ (0|[1-9][0-9]{0,3})\ [1-9][0-9]{0,4}$ ]] || ((machine >= machines)); then
+    die 2 "NUM_MACHINES is '$machines', MACHINE_RANK '$machine', MASTER_PORT '$port'; use a number of machines, a rank from 0 to below it, and a free port"
+  fi
 }
 
 # Sets `gpus`, one "name, MiB" per GPU. Empty: no GPU. A driver that does not answer properly is an error.
@@ -124,12 +143,16 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.versi
   fi
 }
 
-# Sets `train` and, without a GPU, `sample`: the commands of the plan.
+# Sets `train` and, without a GPU, `sample`: the commands of the plan; and `n_processes`, of the training.
 make_plan() {
-  train=("$python" train.py) sample=()
-  if ((n_gpus > 1)); then # precision is train.py's own business
-    train=(accelerate launch --multi_gpu --num_processes "$n_gpus" --num_machines 1 --mixed_precision no
-      --dynamo_backend no train.py)
+  train=("$python" train.py) sample=() n_processes=$((n_gpus * machines))
+  ((machines == 1 || n_gpus)) || die 2 "NUM_MACHINES is $machines and this one has no GPU; it is for machines with GPUs"
+  if ((n_processes > 1)); then
+    train=(accelerate launch --multi_gpu --num_processes "$n_processes" --num_machines "$machines")
+    if ((machines > 1)); then
+      train+=(--machine_rank "$machine" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+    fi
+    train+=(--mixed_precision no --dynamo_backend no train.py) # precision is train.py's own business
   elif ((n_gpus == 0)); then
     if [[ ! $preset ]]; then preset=demo && train+=(--preset demo); fi
     sample=("$python" generate.py "$out_dir/${run_name:-$preset}" --prompt "$prompt" --max_tokens 100)
@@ -137,69 +160,87 @@ make_plan() {
   train+=(--resume ${train_options[@]+"${train_options[@]}"})
 }
 
-# Prints a command as one would type it.
-show() {
-  local word line=''
-  for word; do
-    case $word in
-      *\'* | '') printf -v word '%q' "$word" ;;
-      *[!A-Za-z0-9_./:=,+@%-]*) word="'$word'" ;;
-    esac
-    line+=" $word"
-  done
-  say " $line"
-}
-
 print_plan() {
   say "Plan:"
   show "${train[@]}"
   if ((${#sample[@]})); then show "${sample[@]}"; fi
-  if [[ -f scripts/calc_params.py ]]; then
-    say "Settings:"
-    local options=(${train_options[@]+"${train_options[@]}"}) n=$((n_gpus > 1 ? n_gpus : 1))
-    if [[ " ${options[*]-}" != *" --preset"* ]]; then
-      options=(--preset "${preset:-fineweb}" ${options[@]+"${options[@]}"})
-    fi
-    WORLD_SIZE=$n "$python" scripts/calc_params.py "${options[@]}" || exit # checked for as many processes as the run's
-  fi
+  say "Settings:"
+  calc_params
   say "Nothing was started (--dry-run)."
 }
 
-# Runs a command as a child in a process group of its own and passes each signal on to it exactly once
-# (Ctrl-C would otherwise reach it twice, a SIGTERM never). Returns the command's exit code.
-run_child() {
-  local child signal signalled=1 code=0
-  set -m
-  "$@" &
-  child=$!
-  set +m
-  for signal in INT TERM HUP; do
-    # shellcheck disable=SC2064 # expanded now on purpose
-    trap "signalled=1; kill -$signal $child 2>/dev/null || true" "$signal"
-  done
-  while [[ $signalled ]]; do # a signal interrupts wait
-    signalled=''
-    wait "$child" && code=0 || code=$?
-  done
-  trap - INT TERM HUP
-  return "$code"
+# calc_params OPTION...: of the run's settings, checked for as many processes as the run's. Ends this script with it.
+calc_params() {
+  local options=(${train_options[@]+"${train_options[@]}"})
+  if [[ " ${options[*]-}" != *" --preset"* ]]; then
+    options=(--preset "${preset:-fineweb}" ${options[@]+"${options[@]}"})
+  fi
+  WORLD_SIZE=$((n_processes ? n_processes : 1)) "$python" scripts/calc_params.py "${options[@]}" "$@" || exit
 }
+
+# Holds the run's lock, as file descriptor 9; if it is running already, follows that instead.
+hold_run() {
+  local code announced=''
+  run_dir=$out_dir/${run_name:-${preset:-fineweb}}
+  log=$run_dir/start${machine#0}.log lock=$run_dir/.start${machine#0}.lock
+  hash flock setsid 2>/dev/null || die 2 "training on GPUs needs flock and setsid; apt install util-linux"
+  { mkdir -p "$run_dir" && exec 9>>"$lock"; } 2>/dev/null ||
+    die 6 "cannot write to $run_dir; free some space, or choose another --train.out_dir"
+  until flock -n 9; do
+    if read -r supervisor code <"$lock" && [[ ! $code ]]; then
+      say "Already running (process $supervisor): following it, from its last lines on."
+      follow -n 20
+    fi
+    [[ $announced ]] || say "Another ./start.sh is getting this run ready: waiting for it."
+    announced=1 && sleep 0.5
+  done
+  : >"$lock"
+}
+
+# Trains in a session of its own, where neither a hang-up nor the terminal's Ctrl-C arrives.
+run_in_background() {
+  local size
+  touch "$log" && size=$(wc -c <"$log")
+  nohup setsid bash scripts/supervise.sh "$(cd "$run_dir" && pwd -P)/${lock##*/}" "${train[@]}" </dev/null >>"$log" 2>&1 &
+  supervisor=$!
+  exec 9>&- # the lock is the supervisor's now
+  follow -c "+$((size + 1))"
+}
+
+# follow OPTION...: of tail, where in the log to begin. Ends when the run does, with its exit code.
+follow() {
+  local code=''
+  say "Log: $log. Ctrl-C saves and stops the run; it outlives this terminal, and $again shows it again."
+  run_child to_supervisor tail "$@" -f -s 0.5 --pid="$supervisor" "$log" || true
+  if kill -0 "$supervisor" 2>/dev/null; then exit 141; fi # it was tail that ended: its reader has gone
+  read -r _ code <"$lock" || true
+  [[ $code ]] || die 137 "the run's supervisor was killed, perhaps not the run: $again ends what is left and goes on"
+  explain_end "$code"
+  exit "$code"
+}
+
+to_supervisor() { if [[ $1 == HUP ]]; then kill "$2" && exit 129; else pass_on TERM "$supervisor"; fi; }
 
 run_demo() {
   local code=0
   say "Training the demo model; Ctrl-C saves and stops, $again goes on from there."
   show "${train[@]}"
-  run_child "${train[@]}" || code=$?
-  case $code in
-    0) ;;
-    75) say "Stopped, and everything is saved. To go on: $again" ;;
-    2) say "Training ended with exit code 2: its settings, as the message above says." >&2 ;;
-    *) say "Training ended with exit code $code; the message above says why. Mend that, then: $again" >&2 ;;
-  esac
+  run_child pass_on "${train[@]}" || code=$?
+  explain_end "$code"
   ((code == 0)) || exit "$code"
   show "${sample[@]}"
   "${sample[@]}" || exit
   next_steps
+}
+
+explain_end() {
+  case $1 in
+    0) ;;
+    75) say "Stopped, and everything is saved. To go on: $again" ;;
+    130 | 143) say "Stopped before training had begun, or at the third signal. To go on: $again" >&2 ;;
+    2) say "Training ended with exit code 2: its settings, as the message above says." >&2 ;;
+    *) say "Training ended with exit code $1; the message above says why. Mend that, then: $again" >&2 ;;
+  esac
 }
 
 next_steps() {
@@ -218,6 +259,14 @@ next_steps() {
 main() {
   parse_options "$@"
   read_train_options
+  read_machines
+  detect_gpus
+  # Before anything is installed: not under a run that is going, and not by two starts at once.
+  if [[ ${#gpus[@]} -gt 0 && ! $dry_run ]]; then hold_run; fi
+  if [[ -d ${WORKSPACE:=/workspace} ]]; then # the large disk of a rented machine
+    export HF_HOME=${HF_HOME:-${WORKSPACE%/}/.cache/huggingface} PIP_CACHE_DIR=${PIP_CACHE_DIR:-${WORKSPACE%/}/.cache/pip}
+    say "Downloads are kept in $HF_HOME"
+  fi
   if [[ $skip_deps ]]; then
     use_python as-is
     say "Installing nothing (--skip-deps); using $(command -v "$python")"
@@ -225,23 +274,12 @@ main() {
     install_requirements requirements.txt
     use_python installed
   fi
-  detect_gpus
   describe_hardware
   check_torch
   make_plan
-  if [[ -z ${HF_HOME:-} && -d ${WORKSPACE:=/workspace} ]]; then # the large disk of a rented machine
-    export HF_HOME=${WORKSPACE%/}/.cache/huggingface
-    say "Downloads are kept in $HF_HOME"
-  fi
+  calc_params --check_disk
   export PYTHONUNBUFFERED=1 # lines appear at once, through `tee` as well
-  if [[ $dry_run ]]; then
-    print_plan
-  elif ((n_gpus == 0)); then
-    run_demo
-  else
-    show "${train[@]}"
-    exec "${train[@]}" # exec: signals go to the run itself
-  fi
+  if [[ $dry_run ]]; then print_plan; elif ((n_gpus)); then run_in_background; else run_demo; fi
 }
 
 main "$@"

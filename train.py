@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from config import PRESETS, Config, TrainingConfig, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
@@ -36,9 +36,35 @@ if TYPE_CHECKING:
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
 
+@dataclasses.dataclass
+class TrainConfig(Config):
+    plan: bool = False  # train nothing: say what the run would take, from a few measured steps or from --gpu
+    gpu: str = ""  # with plan: a GPU that is not here, such as H100
+    mfu: float = 0.4  # with gpu: the share of its peak that training is assumed to reach
+    price_per_hour: float = 0.0  # with plan: of the whole machine
+    check: bool = False  # train nothing: rehearse data, a step, save, resume, generation and evaluation in small
+
+    def validate(self, world_size: int = 1) -> Self:
+        if not 0 < self.mfu <= 1:
+            raise ConfigError(f"mfu is {self.mfu}; use a share above 0 and at most 1, such as 0.4")
+        if not 0 <= self.price_per_hour < math.inf:
+            raise ConfigError(f"price_per_hour is {self.price_per_hour}; use 0 or a positive number")
+        if (self.gpu or self.price_per_hour) and not self.plan:
+            raise ConfigError("gpu and price_per_hour are for --plan; add it, or leave them out")
+        return super().validate(world_size)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     # torch takes a second to import: --help and a mistyped option are answered before that.
-    config = load_config(argv, "Train a GPT from scratch.", Config)
+    options = load_config(argv, "Train a GPT from scratch.", TrainConfig)
+    config = Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
+    if options.plan or options.check:
+        import plan
+
+        if options.check:
+            return plan.check(config, [word for word in (sys.argv[1:] if argv is None else argv) if word != "--check"])
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -90,7 +116,7 @@ def train(config: Config) -> int:
         why_not_compile,
     )
     from memory import fitting_batch_size, usable_memory
-    from metrics import Meter, MetricsFile, duration, log_line, plot_loss
+    from metrics import Meter, MetricsFile, code_version, duration, log_line, plot_loss
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
     from prepare_data import DatasetPrep
@@ -258,6 +284,12 @@ def train(config: Config) -> int:
         if log:
             log.write(kind, step, tokens=tokens_seen, **values)
 
+    if is_main:
+        record(
+            "start", seconds=seconds_trained, total_steps=total_steps, world_size=world_size,
+            device=describe(device), precision=precision, parameters=n_parameters, commit=code_version(),
+        )  # fmt: skip
+
     @torch.compiler.set_stance("force_eager")  # its other shapes, and those of the sample, are not worth compiling
     def validate() -> float:
         """Mean held-out loss over all datasets; logs each dataset's, draws loss.png and a sample."""
@@ -270,25 +302,27 @@ def train(config: Config) -> int:
             )
         mix = data.mix()
         say(f"  mix so far   {', '.join(f'{name} {share:.2%}' for name, share in mix.items())}")
-        record("validation", datasets=scores, mix=mix, seconds=seconds_trained)
-        if not math.isfinite(scores["all"]["loss"]):
+        finite, sample = math.isfinite(scores["all"]["loss"]), None
+        if finite and (is_main or c.fsdp):  # a divided model runs in all processes; the same seed gives them one text
+            settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
+            with accelerator.autocast():
+                decode = by_module(model) if c.fsdp else None
+                text = generate_text(model, config.eval.prompts[0], tokenizer, settings, decode)[0]
+            sample = f"{config.eval.prompts[0]}{text}"
+            say(f"  sample       {' '.join(sample.split())[:84]}")
+        record("validation", datasets=scores, mix=mix, sample=sample, seconds=seconds_trained)
+        if not finite:
             raise NonFiniteError(
                 f"the held-out loss is {scores['all']['loss']} at step {step}, which is not saved. Continue from "
                 f"the last checkpoint with --resume, or start anew with a lower --train.lr"
             )
         if is_main:
             plot_loss(run_dir)
-        if is_main or c.fsdp:  # a divided model runs in all processes at once; the same seed gives them the same text
-            settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
-            with accelerator.autocast():
-                decode = by_module(model) if c.fsdp else None
-                text = generate_text(model, config.eval.prompts[0], tokenizer, settings, decode)[0]
-            sample = " ".join(f"{config.eval.prompts[0]}{text}".split())
-            say(f"  sample       {sample[:84]}")
         return scores["all"]["loss"]
 
     def save() -> None:
         """A checkpoint of this step by the main process, with every process's data position."""
+        started = time.perf_counter()
         positions = gather_object([position])
         tensors = gather_tensors(model, optimizers, keep=is_main)
         if is_main:
@@ -301,6 +335,7 @@ def train(config: Config) -> int:
             path = save_checkpoint(run_dir, step, tensors, state, config, tokenizer, val_loss)
             write_status(run_dir, "running", step)
             say(f"  saved    {path}")
+            record("checkpoint", seconds=round(time.perf_counter() - started, 3))
         accelerator.wait_for_everyone()
 
     def watch() -> None:
@@ -381,7 +416,7 @@ def train(config: Config) -> int:
             position, val_loss = data.state_dict(), back.val_loss
             if is_main:  # without the lines of the steps that are undone
                 log = MetricsFile(run_dir / "metrics.jsonl", step)
-            record("undone", loss=loss, usual_loss=usual_loss)
+            record("undone", loss=loss, usual_loss=usual_loss, seconds=seconds_trained)
             accelerator.wait_for_everyone()  # until all have read it
             save()  # so that a resume leaves these documents out as well
             continue
@@ -648,12 +683,15 @@ class StopSignal:
     """Notes SIGTERM, SIGINT and SIGHUP, so that the loop can end between two steps; the third one kills at once."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._last = 0, -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
+        if time.monotonic() - self._last < 1:  # a box that shuts down signals us, our launcher and our supervisor, and
+            return  # each of them passes it on: that is one request
+        self._last = time.monotonic()
         self.received += 1
         if self.received == 1:
             with contextlib.suppress(OSError):  # print may be in the middle of another line, or the terminal gone

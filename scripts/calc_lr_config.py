@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import DATASETS, Config, load_config
+from config import Config, load_config
 from errors import exit_code_of
 
 WIDTH, HEIGHT = 64, 8  # characters of the picture
@@ -27,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from model import GPT
     from optim import lr_factor_at
+    from plan import run_length
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    total_steps, tokens_per_epoch = run_length(config, world_size)
+    total_steps, per_epoch = run_length(config, world_size)
+    tokens_per_epoch = sum(n for n, _ in per_epoch.values())
     warmup = config.warmup_steps(world_size)
     config.check_length(total_steps, world_size)
     with torch.device("meta"):
@@ -69,28 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
             print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{mark}")
     return 0
-
-
-def run_length(config: Config, world_size: int) -> tuple[int, int]:
-    """Optimizer steps of the run, and the training tokens of one epoch (0: not known without reading the data).
-
-    Like train.py: max_steps, or else the epochs over all datasets. Local datasets are read for that; those of the
-    hub are planned from their descriptions.
-    """
-    from prepare_data import DatasetPrep, planned_tokens
-
-    described = {name: DATASETS[name] for name in config.data.current_datasets}
-    if all(d.documents and d.tokens_per_document for d in described.values()):
-        tokens = sum(
-            planned_tokens(n, config.data, d.documents, d.tokens_per_document) for n, d in described.items()
-        )  # fmt: skip
-    elif any(d.kind == "hub" for d in described.values()) and config.train.max_steps:
-        tokens = 0
-    else:
-        data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step(world_size))
-        tokens = sum(data.tokens_per_epoch().values())
-    steps = config.train.max_steps or math.ceil(tokens * config.train.epochs / config.tokens_per_step(world_size))
-    return steps, tokens
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Count a model's parameters, FLOPs and training memory, and compare sizes to choose from.
+"""Count a model's parameters, FLOPs, training memory and checkpoints, and compare sizes to choose from.
 
-    python scripts/calc_params.py [--preset gpt2] [--model.d_model 512 ...]
+    python scripts/calc_params.py [--preset gpt2] [--model.d_model 512 ...] [--check_disk]
 
 Nothing is trained or downloaded: the model is built without memory for its weights, and its own count is printed.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,16 @@ from errors import exit_code_of
 WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table: 64 of width per layer and head
 
 
+@dataclasses.dataclass
+class Options(Config):
+    check_disk: bool = False  # only say whether the disk has room for the run's checkpoints; exit code 6 if not
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others.", Config)
+    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others.", Options)
+    if config.check_disk:
+        print(room_for_checkpoints(config))
+        return 0
     import torch
 
     from memory import training_memory
@@ -53,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {part:<24}{n_bytes / 2**30:>8.2f} GB")
     print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
 
+    print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
+    print(f"and at most {most_checkpoints(config)} of them on the disk\n")
     if config.train.max_steps:
         devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
         tokens = config.train.max_steps * config.tokens_per_step(devices)
@@ -76,6 +87,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{gigabytes:>7,.1f} GB{20 * n / 1e9:>12,.2f} B{mark}"
         )
     return 0
+
+
+def most_checkpoints(config: Config) -> int:
+    """On the disk at a time: the newest, the best, the one being written, and those of each keep_every-th step."""
+    c = config.train
+    return c.keep_checkpoints + 2 + (c.max_steps // c.keep_every if c.keep_every else 0)
+
+
+def room_for_checkpoints(config: Config) -> str:
+    """A line that says how much the run's checkpoints take and where. Raises DiskError when there is less room."""
+    from checkpoint import DiskError, list_checkpoints
+    from files import PARTIAL
+    from memory import training_memory
+
+    size = training_memory(config, 1).checkpoint
+    folder = (Path(config.train.out_dir).expanduser() / config.train.run_name).absolute()
+    unfinished = sum(file.stat().st_size for file in folder.glob(f"{PARTIAL}*/*"))  # of a killed save; is removed
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(place).free + unfinished
+    missing = max(1, most_checkpoints(config) - len(list_checkpoints(folder)))  # at the end one makes way for the next
+    line = f"checkpoints of {size / 2**30:.2f} GB in {folder}: {missing * size / 2**30:.2f} GB for {missing} more"
+    if free < missing * size:
+        raise DiskError(
+            f"{line}, and {free / 2**30:.2f} GB are free; free some space, choose another --train.out_dir, or keep "
+            f"fewer (--train.keep_checkpoints, --train.keep_every)"
+        )
+    return f"{line[0].upper()}{line[1:]}, of {free / 2**30:.1f} GB free"
 
 
 def ladder(model: GPTConfig, width: int) -> GPTConfig:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What start.sh and scripts/test.sh share; sourced with the project's folder as the current one.
+# What the shell scripts share; sourced with the project's folder as the current one.
 
 say() { printf '%s\n' "$*"; }
 
@@ -56,3 +56,40 @@ use_python() {
   python=python
   command -v python >/dev/null || python=$(find_python) || exit
 }
+
+# Prints a command as one would type it.
+show() {
+  local word line=''
+  for word; do
+    case $word in
+      *\'* | '') printf -v word '%q' "$word" ;;
+      *[!A-Za-z0-9_./:=,+@%-]*) word="'$word'" ;;
+    esac
+    line+=" $word"
+  done
+  say " $line"
+}
+
+# run_child ON_SIGNAL COMMAND...: as a child in a process group of its own, so that Ctrl-C does not reach it by itself.
+# Each signal calls ON_SIGNAL with the signal's name and the child. Returns the command's exit code.
+run_child() {
+  local on_signal=$1 child signal signalled=1 code=0 before
+  shift
+  before=$(trap -p INT TERM HUP)
+  set -m
+  "$@" 9>&- & # 9 is the run's lock: start.sh's and its supervisor's
+  child=$!
+  set +m
+  for signal in INT TERM HUP; do
+    # shellcheck disable=SC2064 # expanded now on purpose
+    trap "signalled=1; $on_signal $signal $child" "$signal"
+  done
+  while [[ $signalled ]]; do # a signal interrupts wait
+    signalled=''
+    wait "$child" && code=0 || code=$?
+  done
+  trap - INT TERM HUP && eval "$before"
+  return "$code"
+}
+
+pass_on() { kill -"$1" "$2" 2>/dev/null || true; }

@@ -19,6 +19,14 @@ for option in "$@"; do
 done
 [[ $slow ]] || pytest_options=(-m "not slow" ${pytest_options[@]+"${pytest_options[@]}"})
 
+# Debian's, for the slow tests of the pages. Where it cannot be installed they are skipped, and say so.
+install_browser() {
+  if command -v chromium chromium-headless-shell google-chrome >/dev/null; then return; fi
+  if ((EUID)) || ! command -v apt-get >/dev/null; then return; fi
+  { apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core; } >/dev/null </dev/null ||
+    say "The browser could not be installed, so the tests that need it are skipped"
+}
+
 # stage NAME COMMAND...: runs it, says how long it took, and ends the script when it fails.
 stage() {
   local name=$1 start=$SECONDS code=0
@@ -35,6 +43,7 @@ install() {
 }
 
 if [[ ! $skip_deps ]]; then stage "requirements" install; fi
+if [[ ! $skip_deps && $slow ]]; then stage "browser" install_browser; fi
 if [[ $skip_deps ]]; then use_python as-is; else use_python installed; fi
 
 shell_scripts=()

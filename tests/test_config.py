@@ -606,6 +606,9 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "checkpoint": {"config", "errors", "files", "model", "tokenizer"},
     "decoding": {"errors", "model"},
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
+    "pages": {"files"},
+    "explain": {"model", "sampling", "tokenizer"},
+    "plan": {"config", "errors", "files", "hardware", "memory", "metrics", "model", "prepare_data"},
 }
 WITHOUT_TORCH = ["errors", "files", "config", "tokenizer", "hub", "sources", "documents", "shards", "prepare_data"]
 

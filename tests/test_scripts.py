@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint import DiskError, gather_tensors
 from config import PRESETS, Config, GPTConfig, TrainingConfig, load_config
+from memory import training_memory
 from model import GPT
-from optim import lr_factor_at
+from optim import build_optimizers, lr_factor_at
 from scripts import calc_lr_config, calc_params
 from tests.conftest import GETTYSBURG
 from tokenizer import load_tiktoken
@@ -74,6 +77,48 @@ def test_calc_params_counts_other_choices_too(capsys: pytest.CaptureFixture[str]
     options = "--preset smoke --model.mlp relu2 --model.n_kv_heads 1 --train.optimizer adamw --train.lr 1e-3".split()
     assert calc_params.main(options) == 0
     assert_counts_the_built_model(capsys.readouterr().out, load_config(options, "", Config))
+
+
+@pytest.mark.parametrize("options", ["--model.tie_embeddings", "--train.optimizer adamw --train.lr 1e-3"])
+def test_checkpoints_take_the_room_that_was_counted(options: str):
+    config = load_config(["--preset", "smoke", *options.split()], "", Config)
+    model = GPT(config.model.resolved(config.data.n_vocab))
+    optimizers = build_optimizers(model, config.train)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    model(ids, ids).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    written = gather_tensors(model, optimizers, keep=True)
+    size = sum(tensor.nbytes for tensors in written.values() for tensor in tensors.values())
+    assert size == pytest.approx(training_memory(config, 1).checkpoint, rel=0.001)
+
+
+def test_room_on_the_disk_is_wanted_for_the_checkpoints_that_may_still_be_added(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def shown_for(free_disks: float) -> str:
+        """--check_disk for a model whose checkpoint is so many times what is free here."""
+        layers = round(free_disks * shutil.disk_usage(tmp_path).free / (8 * 12 * 4096**2))  # 8 bytes per weight
+        config = f"--model.d_model 4096 --model.n_heads 32 --model.mlp relu2 --model.n_layers {layers}".split()
+        assert calc_params.main([*config, "--check_disk", "--train.out_dir", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    assert calc_params.most_checkpoints(load_config(["--train.keep_checkpoints", "2"], "", Config)) == 4
+    kept = ["--train.max_steps", "950", "--train.keep_every", "100"]
+    assert calc_params.most_checkpoints(load_config(kept, "", Config)) == 14
+    run = tmp_path / "fineweb"
+    assert re.fullmatch(rf"Checkpoints of [\d.]+ GB in {run}: [\d.]+ GB for 5 more, of .* GB free\n", shown_for(0.1))
+    with pytest.raises(DiskError, match=r"GB for 5 more, and .* GB are free; free some space, choose another"):
+        shown_for(0.4)
+    for step in (10, 20, 30, 40):  # a run with all its checkpoints: each new one makes way for itself afterwards
+        (run / f"step-{step:08d}").mkdir(parents=True)
+    assert "GB for 1 more" in shown_for(0.4)
+    with pytest.raises(DiskError, match="GB for 1 more"):
+        shown_for(1.5)
+    (run / ".tmp-step-00000050").mkdir()  # train.py removes what a killed save left
+    with (run / ".tmp-step-00000050/model.safetensors").open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).free)
+    assert "GB for 1 more" in shown_for(1.5)
 
 
 def test_calc_lr_config_plans_the_missions_run_without_the_network(tmp_path: Path):

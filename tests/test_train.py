@@ -90,6 +90,7 @@ def test_a_run_leaves_what_its_help_promises(runs: Runs, whole: str) -> None:
     assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000010", "step-00000020"]
     assert "step 20/20 100.0% | loss " in whole
     assert "256 tokens per step" in whole
+    assert all(r["sample"].startswith("The people of") for r in runs.records("whole") if r["kind"] == "validation")
 
 
 def test_the_loss_falls(runs: Runs, whole: str) -> None:
@@ -118,6 +119,7 @@ def test_train_20_equals_train_11_killed_and_resumed_for_9(runs: Runs, whole: st
     assert "step 11 to 20" in out
     assert weights(runs.checkpoint("killed", 20)) == weights(runs.checkpoint("whole", 20))
     assert runs.losses("killed") == runs.losses("whole")  # each step once, with the same bits
+    assert [(r["step"], r["world_size"]) for r in runs.records("killed") if r["kind"] == "start"] == [(0, 1), (11, 1)]
 
 
 def test_sigterm_saves_and_exits_75_and_resume_gives_the_same_bits(runs: Runs, whole: str) -> None:

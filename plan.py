@@ -1,0 +1,219 @@
+"""Before a run costs anything: what it will take (train.py --plan), and a rehearsal of all its parts (--check)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from config import DATASETS, Config
+from errors import ConfigError
+from files import PARTIAL
+from hardware import PEAK_TFLOPS, choose_precision, default_device, describe, why_not_compile
+from memory import training_memory, usable_memory
+from metrics import duration, read_metrics
+from model import GPT
+from prepare_data import DatasetPrep, planned_tokens
+
+ROOT = Path(__file__).resolve().parent
+MEASURED_STEPS = 6  # of which the first, which compiles, counts apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Seconds of a run's parts, and where they are from."""
+
+    step: float
+    compiling: float
+    validation: float
+    checkpoint: float
+    source: str
+
+
+def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: float, run: Callable) -> int:
+    """Print parameters, memory, disk, passes over the data, time and price, and warn of what usually goes wrong.
+
+    gpu: one of PEAK_TFLOPS that is not here: time follows from its peak and the assumed mfu. Otherwise a few steps are
+    trained by run(config), which is train.py's, in a folder that is removed again.
+    """
+    c = config.train
+    total_steps, per_epoch = run_length(config, world_size)
+    config.check_length(total_steps, world_size)
+    tokens = total_steps * config.tokens_per_step(world_size)
+    with torch.device("meta"):
+        model = GPT(config.model.resolved(config.data.n_vocab))
+    counts, flops = model.parameter_counts(), model.flops_per_token()
+    memory = training_memory(config, c.batch_size, world_size)
+    n_saves, n_validations = math.ceil(total_steps / c.save_every), math.ceil(total_steps / c.eval_every)
+    checkpoint = training_memory(config, 1).checkpoint  # whole also where FSDP divides what it holds
+    n_kept = min(n_saves, c.keep_checkpoints + 2 + (total_steps // c.keep_every if c.keep_every else 0))
+    disk = Path(c.out_dir).expanduser()
+    free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free
+    passes = {name: tokens * share / n for name, (n, share) in per_epoch.items() if n}
+
+    speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
+    seconds = total_steps * speed.step + speed.compiling
+    seconds += n_validations * speed.validation + n_saves * speed.checkpoint
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    rate = config.tokens_per_step(world_size) / speed.step
+    print(f"model     {counts['total'] / 1e6:,.1f}M parameters, {flops / 1e6:,.1f} MFLOP per token")
+    print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {tokens / 1e6:,.1f}M "
+          f"tokens, {tokens / counts['total']:,.1f} per parameter")  # fmt: skip
+    known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
+    print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
+    device = gpu or describe(default_device())
+    usable = "" if gpu else f", of {usable_memory(default_device()) / 2**30:.1f} to use"
+    print(f"memory    {memory.total / 2**30:.2f} GB a device at most{usable}: {world_size} x {device}")
+    print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
+          f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
+    print(f"speed     {rate:,.0f} tokens/s, {speed.source}")
+    print(f"time      {duration(seconds)}: {total_steps:,} steps {duration(total_steps * speed.step)}, compiling "
+          f"{duration(speed.compiling)}, {n_validations} validations {duration(n_validations * speed.validation)}, "
+          f"{n_saves} checkpoints {duration(n_saves * speed.checkpoint)}")  # fmt: skip
+    if price_per_hour:
+        print(f"price     {seconds / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour")
+    for warning in _warnings(config, world_size, total_steps, tokens, counts, passes):
+        print(f"  ! {warning}")
+    if n_kept * checkpoint > free:
+        print(
+            "  ! the checkpoints do not fit the disk; lower --train.keep_checkpoints, or choose another --train.out_dir"
+        )
+    if not gpu and memory.total > usable_memory(default_device()):
+        print("  ! it may not fit the memory; --train.batch_size auto takes what does, with more accumulation")
+    return 0
+
+
+def run_length(config: Config, world_size: int) -> tuple[int, dict[str, tuple[int, float]]]:
+    """Optimizer steps of the run; and of each dataset its training tokens per epoch (0: not known) and its share.
+
+    Like train.py: max_steps, or else the epochs over all datasets. Local datasets are read for that; those of the
+    hub are planned from their descriptions.
+    """
+    described = {name: DATASETS[name] for name in config.data.current_datasets}
+    sizes = dict.fromkeys(described, 0)
+    if all(d.documents and d.tokens_per_document for d in described.values()):
+        for n, d in described.items():
+            sizes[n] = planned_tokens(n, config.data, d.documents, d.tokens_per_document)
+    elif not (any(d.kind == "hub" for d in described.values()) and config.train.max_steps):
+        data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step(world_size))
+        sizes = data.tokens_per_epoch()
+    per_step = config.tokens_per_step(world_size)
+    steps = config.train.max_steps or math.ceil(sum(sizes.values()) * config.train.epochs / per_step)
+    shares = config.data.dataset_probabilities
+    return steps, {name: (sizes[name], share) for name, share in zip(described, shares, strict=True)}
+
+
+def _assumed(gpu: str, mfu: float, flops: int, config: Config, world_size: int) -> Speed:
+    if gpu not in PEAK_TFLOPS:
+        raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
+    step = flops * config.tokens_per_step(world_size) / (PEAK_TFLOPS[gpu] * 1e12 * mfu * world_size)
+    source = f"if {world_size} x {gpu} reach {mfu:.0%} of {PEAK_TFLOPS[gpu]} TFLOP/s"
+    return Speed(step, 60.0, 0.0, 0.0, f"{source} (validation and checkpoints not counted)")
+
+
+def _measured(config: Config, run: Callable) -> Speed:
+    """Train for a few steps, as the run would, and remove all that is left."""
+    c = config.train
+    folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan"
+    few = dataclasses.replace(
+        c, max_steps=MEASURED_STEPS, warmup_tokens=0, eval_every=10**9, save_every=10**9, log_every=1,
+        out_dir=str(folder.parent), run_name="plan",
+    )  # fmt: skip
+    few.run_name = folder.name  # hidden, which a name of a run may not be
+    print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run(dataclasses.replace(config, train=few, resume=False, restart_data=False))
+        records = read_metrics(folder / "metrics.jsonl")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    steps = [r for r in records if r["kind"] == "train"]
+    (validation,) = (r for r in records if r["kind"] == "validation")
+    (saved,) = (r for r in records if r["kind"] == "checkpoint")
+    step = (steps[-1]["seconds"] - steps[0]["seconds"]) / (len(steps) - 1)
+    mfu = f", mfu {steps[-1]['mfu']:.0%}" if "mfu" in steps[-1] else ""
+    return Speed(
+        step, steps[0]["seconds"] - step, validation["time"] - steps[-1]["time"], saved["seconds"],
+        f"measured in {len(steps) - 1} steps{mfu}",
+    )  # fmt: skip
+
+
+def _warnings(
+    config: Config, world_size: int, total_steps: int, tokens: int, counts: dict[str, int], passes: dict[str, float]
+) -> list[str]:
+    found = []
+    ends = counts["embedding"] + counts.get("head", 0)
+    if ends > 0.7 * counts["total"]:
+        found.append(f"embedding and head are {ends / counts['total']:.0%} of the parameters: a smaller vocabulary?")
+    if tokens < 5 * counts["total"]:
+        found.append(
+            f"{tokens / counts['total']:.1f} tokens per parameter; about 20 are compute-optimal (arXiv:2203.15556)"
+        )
+    if (warmup := config.warmup_steps(world_size)) > 0.1 * total_steps:
+        found.append(f"warm-up takes {warmup / total_steps:.0%} of the run; a tenth is enough: --train.warmup_tokens")
+    if total_steps < 300:
+        found.append(f"only {total_steps} steps: a smaller batch takes more of them with the same tokens")
+    if often := ", ".join(f"{name} {n:.0f} times" for name, n in passes.items() if n > 4):
+        found.append(f"{often}: more than about 4 passes teach it by heart (arXiv:2305.16264)")
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# The rehearsal
+# --------------------------------------------------------------------------------------
+
+
+def check(config: Config, argv: Sequence[str]) -> int:
+    """Go through the parts of a run with the real options, two layers and few rows; a line for each, with its remedy.
+
+    Returns the exit code of the part that failed, or 0.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("--check rehearses one process; run it without the launcher: python train.py --check")
+    device, c = default_device(), config.train
+    _tick("device", f"{describe(device)} | {choose_precision(device, c.precision)}")
+    why_not = why_not_compile(device) if c.compile else "off"
+    _tick("compiler", f"not used: {why_not}" if why_not else "there is one", good=not (c.compile and why_not))
+    needed, usable = training_memory(config, c.batch_size).total / 2**30, usable_memory(device) / 2**30
+    remedy = "" if needed <= usable else "; --train.batch_size auto chooses what fits"
+    _tick("memory", f"{needed:.2f} GB counted, {usable:.1f} to use{remedy}", good=needed <= usable)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = str(Path(folder) / "check")
+        small = [
+            *argv, "--model.n_layers", str(min(2, config.model.n_layers)), "--train.batch_size", "1",
+            "--train.gradient_accumulation_steps", str(config.data.n_streams), "--train.warmup_tokens", "0",
+            "--train.out_dir", folder, "--train.run_name", "check", "--train.no_compile", "--train.save_every", "1",
+            "--data.val_tokens", str(2 * config.model.max_length), "--eval.sample_tokens", "8",
+        ]  # fmt: skip
+        parts = {
+            "data, a step, a save": ["train.py", *small, "--train.max_steps", "1"],
+            "resume, one more step": ["train.py", *small, "--train.max_steps", "2", "--resume"],
+            "generate": ["generate.py", run, "--prompt", config.eval.prompts[0], "--max_tokens", "8"],
+            "evaluate": ["evals.py", run],
+        }
+        for name, (script, *options) in parts.items():
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, str(ROOT / script), *options], capture_output=True, text=True)
+            if done.returncode:
+                _tick(name, (done.stderr.strip().splitlines() or ["no message"])[-1], good=False)
+                return done.returncode
+            _tick(name, f"{time.perf_counter() - started:.1f} s")
+    print("ready: the run's options are sound; start it without --check")
+    return 0
+
+
+def _tick(name: str, text: str, good: bool = True) -> None:
+    print(f"{'ok ' if good else ' ! '} {name:<23}{text}", flush=True)

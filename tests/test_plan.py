@@ -1,0 +1,119 @@
+"""train.py --plan and --check: what is told before a run is what the run then takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.test_train import Runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
+
+
+def seconds(text: str) -> float:
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(int(n) * unit[u] for n, u in re.findall(r"(\d+)([smhd])", text))
+
+
+def test_a_plan_foretells_the_run_and_leaves_nothing_behind(runs: Runs) -> None:
+    options = ["--train.max_steps", "60", "--train.eval_every", "60", "--train.save_every", "60"]
+    out, _ = runs("planned", *options, "--plan", "--price_per_hour", "36")
+    assert not [*runs.folder.iterdir()], "a plan left something"
+    assert "60 steps of 256 tokens: 0.0M tokens" in out
+    price = re.search(r"price +([0-9.]+) at 36 an hour", out)
+    assert price
+    told_seconds = float(price[1]) * 100
+    told_bytes = re.search(r"disk +(\d+) MB a checkpoint, (\d+) at a time", out)
+    assert told_bytes
+
+    runs("planned", *options)
+    records = runs.records("planned")
+    took = max(r["time"] for r in records) - min(r["time"] for r in records)
+    assert 0.4 < told_seconds / took < 2.5  # on a noisy machine; bench/plan.py has the figures of a quiet one
+    n_bytes = sum(path.stat().st_size for path in runs.checkpoint("planned", 60).glob("*.safetensors"))
+    assert abs(n_bytes / 2**20 - int(told_bytes[1])) <= 1
+    assert len([*(runs.folder / "planned").glob("step-*")]) <= int(told_bytes[2])
+
+
+def test_a_plan_does_not_touch_the_run_of_that_name(runs: Runs) -> None:
+    runs("existing")
+    before = {path: path.stat().st_mtime_ns for path in (runs.folder / "existing").rglob("*")}
+    runs("existing", "--plan", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in (runs.folder / "existing").rglob("*")} == before
+
+
+def test_a_plan_for_a_gpu_that_is_not_here_follows_from_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(mfu: str) -> tuple[float, str]:
+        train.main(["--preset", "gpt2", "--plan", "--gpu", "H100", "--mfu", mfu])
+        out = capsys.readouterr().out
+        rate = re.search(r"speed +([0-9,]+) tokens/s", out)
+        assert rate
+        return float(rate[1].replace(",", "")), out
+
+    slow, _ = plan("0.2")
+    fast, out = plan("0.4")
+    assert fast == pytest.approx(2 * slow, rel=1e-4)
+    assert "if 1 x H100 reach 40% of 989 TFLOP/s" in out
+    flops = re.search(r"([0-9,.]+) MFLOP per token", out)
+    assert flops
+    assert fast == pytest.approx(989e12 * 0.4 / (float(flops[1].replace(",", "")) * 1e6), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (["--data.bpe_vocab_size", "8192"], "embedding and head are 9"),
+        (["--train.warmup_tokens", "2560"], "warm-up takes 50% of the run"),
+        ([], "only 20 steps: a smaller batch"),
+        (["--train.max_steps", "200000"], "teach it by heart"),
+        ([], "tokens per parameter; about 20 are compute-optimal"),
+    ],
+)
+def test_a_plan_warns_of_what_usually_goes_wrong(
+    options: list[str], warning: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(["--preset", "smoke", *runs.command("")[-4:], "--plan", "--gpu", "T4", *options])
+    out = capsys.readouterr().out
+    assert any(line.startswith("  ! ") and warning in line for line in out.splitlines()), out
+
+
+def test_a_plan_warns_of_nothing_when_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--preset", "gpt2", "--plan", "--gpu", "H100", "--train.max_steps", "40000"])
+    assert "  ! " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--plan", "--gpu", "H1000"], "there is no GPU 'H1000' in the table; choose from"),
+        (["--plan", "--gpu", "H100", "--mfu", "40"], "mfu is 40.0; use a share above 0"),
+        (["--gpu", "H100"], "are for --plan"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(runs: Runs, options: list[str], says: str) -> None:
+    _, err = runs("wrong", *options, code=2)
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_check_goes_through_the_parts_of_a_run_and_leaves_nothing_behind(runs: Runs) -> None:
+    before = {*runs.folder.iterdir()}
+    out, _ = runs("checked", "--check")
+    for part in ("data, a step, a save", "resume, one more step", "generate", "evaluate"):
+        assert f"\nok  {part}  " in out
+    assert "ready: " in out
+    assert {*runs.folder.iterdir()} == before
+
+
+def test_a_check_that_fails_says_why_and_ends_with_the_runs_exit_code(runs: Runs, tmp_path: Path) -> None:
+    local = ["--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1"]
+    out, _ = runs("unread", "--check", *local, "--data.local_files", str(tmp_path / "nothing.txt"), code=3)
+    last = out.splitlines()[-1]
+    assert last.startswith(" !  data, a step, a save")
+    assert "nothing.txt" in last
