@@ -37,6 +37,9 @@ from tokenizer import Tokenizer
 
 FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{8})")
+_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"}
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # in a manifest: never a path
+_MOST_JSON = 2**28  # bytes of a JSON file; a tokenizer of 100,277 entries takes 2 MB
 
 
 class CheckpointError(UserError):
@@ -281,6 +284,8 @@ def verify_checkpoint(path: Path) -> None:
 
 def _read_json(file: Path) -> Any:
     try:
+        if file.exists() and not (file.is_file() and file.stat().st_size <= _MOST_JSON):
+            raise DamagedCheckpoint(f"{file} is not a file, or larger than any that is written here")
         return json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} cannot be read ({error})") from None
@@ -379,7 +384,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     values = _read_json(path / "tokenizer.json")
     try:
         return Tokenizer.from_dict(values)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path / 'tokenizer.json'} does not fit this code ({error!r})") from None
 
 
@@ -401,16 +406,29 @@ def copy_weights(model: GPT, weights: dict[str, Tensor]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What save_checkpoint got as `state`."""
+    """What save_checkpoint got as `state`. Raises CheckpointError when it is not what train.py gives."""
     state: dict[str, Any] = _read_json(path / "state.json")
+    wrong = [key for key, kind in _STATE.items() if not isinstance(state, dict) or type(state.get(key)) is not kind]
+    if wrong or not all(isinstance(state["data"].get(key), dict) for key in ("identity", "streams")):
+        raise CheckpointError(f"{path / 'state.json'} does not fit this code ({', '.join(wrong) or 'data'})")
     return state
 
 
+_STATE = {
+    "step": int, "total_steps": int, "epochs": int, "rows_per_step": int, "tokens_seen": int, "seconds_trained": float,
+    "data": dict,
+}  # fmt: skip
+
+
 def load_training_state(path: Path, model: GPT, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Put weights and optimizer state back."""
+    """Put weights and optimizer state back. Raises CheckpointError for state of another model."""
     load_weights(model, path)
     tensors = _read_tensors(path / "optimizer.safetensors")
     parameter_of = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        own = parameter_of.get(key.rpartition("/")[0])
+        if own is None or (tensor.dim() and tensor.shape != own.shape):
+            raise CheckpointError(f"{path} holds optimizer state {key} of another model than its config.json says")
     for optimizer in optimizers:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for key, tensor in tensors.items():
@@ -472,9 +490,22 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json, as it was written. Raises DamagedCheckpoint, or CheckpointError for a later format."""
-    manifest = _read_json(path / "manifest.json")
+    file = path / "manifest.json"
+    manifest = _read_json(file)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _digest(manifest):
-        raise DamagedCheckpoint(f"{path / 'manifest.json'} is damaged")
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this code reads up to {FORMAT}: update it")
+        raise DamagedCheckpoint(f"{file} is damaged")
+    if type(version := manifest.get("format")) is int and version > FORMAT:
+        raise CheckpointError(f"{path} has format {version}; this code reads up to {FORMAT}: update it")
+    files, val_loss = manifest.get("files"), manifest.get("val_loss")
+    if not (
+        version == FORMAT
+        and type(manifest.get("step")) is int
+        and isinstance(val_loss, (int, float, type(None)))
+        and isinstance(files, dict)
+        and files.keys() >= _FILES
+        and all(_FILE_NAME.fullmatch(name) and isinstance(entry, dict) for name, entry in files.items())
+        and all(type(e.get("size")) is int and isinstance(e.get("sha256"), str) for e in files.values())
+        and not file.is_symlink()
+    ):
+        raise DamagedCheckpoint(f"{file} is none that this code writes: it lists other files, or other things of them")
     return manifest

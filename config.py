@@ -130,6 +130,7 @@ class DataConfig:
             self.tokenizer != "bpe" or 257 <= self.bpe_vocab_size <= 2**18,  # as many as published tokenizers have
             f"data.bpe_vocab_size is {self.bpe_vocab_size}; use 257 (bytes and end-of-text) to {2**18}",
         )
+        _within_reach("data.", self)
 
     @property
     def n_vocab(self) -> int:
@@ -187,6 +188,7 @@ class GPTConfig:
             f"model.n_heads {self.n_heads} must divide by model.n_kv_heads {self.n_kv_heads}; "
             f"use {_divisors(self.n_heads)}",
         )
+        _within_reach("model.", self)
 
 
 @dataclass
@@ -242,6 +244,7 @@ class TrainingConfig:
             bool(self.run_name) and set(self.run_name) <= _NAME_CHARACTERS and self.run_name[0] not in ".-",
             f"train.run_name is {self.run_name!r}; use letters, digits, '.', '_' and '-'",
         )
+        _within_reach("train.", self)
 
 
 @dataclass
@@ -267,6 +270,7 @@ class GenerationConfig:
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; use a number above 0 and at most 1 (off)")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; use a number from 0 to 4294967295")
         _require(0 <= self.min_p < 1, f"min_p is {self.min_p}; use a number from 0 (off) to under 1")
+        _within_reach("", self)
 
 
 @dataclass
@@ -278,6 +282,7 @@ class EvalConfig:
     def validate(self) -> None:
         _positive("eval", self, "batch_size", "sample_tokens")
         _require(len(self.prompts) > 0, "eval.prompts is empty; give at least one")
+        _within_reach("eval.", self)
 
 
 @dataclass
@@ -489,6 +494,15 @@ def _positive(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(0 < value < math.inf, f"{group}.{name} is {value}; use a positive number")  # refuses NaN too
+
+
+def _within_reach(group: str, config: Any) -> None:
+    """Refuse numbers beyond what an index of an array, or fp32, can hold: libraries show a traceback for them."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        most = 10**4 if f.name == "n_layers" else 10**15 if isinstance(value, int) else 1e30
+        too_large = isinstance(value, (int, float)) and abs(value) > most
+        _require(not too_large, f"{group}{f.name} is {value}; use at most {most:g}")
 
 
 def _suggest(word: str, known: typing.Iterable[str]) -> str:

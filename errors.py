@@ -76,14 +76,18 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         gone = error.errno == errno.ENOENT
         remedy = "has another program removed it?" if gone else "free some space, or choose a place that can be written"
         return f"{place}{error.strerror or error}; {remedy}", 6
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, for ~name
+        return "a path begins with ~ and a name that no user here has; write the whole path", 2
     # torch's own classes, by name: this module imports the standard library only.
-    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in _TOO_LARGE)
     if out_of_memory or isinstance(error, MemoryError):
         first = (str(error).splitlines() or ["no message"])[0]
         return f"out of memory ({first}); use a smaller batch_size (with more accumulation), context or model", 2
     return None
 
 
+# What torch's allocator and numpy say of arrays that do not fit, and of those that no memory could ever hold.
+_TOO_LARGE = "DefaultCPUAllocator", "Storage size calculation overflowed", "array is too big"
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.ELOOP,

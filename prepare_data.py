@@ -299,7 +299,7 @@ class DatasetPrep:
             raise RuntimeError("load_state_dict comes before the first batch")
         identity, saved_identity = self.identity(), state.get("identity", {})
         changed = [k for k, value in identity.items() if saved_identity.get(k) != value]
-        if not changed and not {str(v) for v in self._streams} <= state["streams"].keys():
+        if not changed and not all(self._is_position(state["streams"].get(str(v))) for v in self._streams):
             changed = ["the streams it holds"]
         if state.get("format") != STATE_FORMAT or changed:
             raise StateMismatch(
@@ -311,6 +311,14 @@ class DatasetPrep:
             for source, saved in zip(stream.sources, state["streams"][str(v)], strict=True):
                 source.load_state(saved)
         self._delivered = self._stream_states()
+
+    def _is_position(self, saved: Any) -> bool:
+        """Whether a stream's saved state is one of PackedSource for each source."""
+        return (
+            isinstance(saved, list)
+            and [len(state) if isinstance(state, list) else 0 for state in saved] == [8] * len(self.sources)
+            and all(type(n) is int for state in saved for n in state)
+        )
 
     def totals(self) -> dict[str, int]:
         """Rows and documents delivered by this process's streams since the run began; records without text it met."""

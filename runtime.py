@@ -37,6 +37,12 @@ from prepare_data import Batch, DatasetPrep
 
 def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
     """Join this run's processes: DDP, or with train.fsdp FSDP2. Raises ConfigError for FSDP with one process."""
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if n_processes != "1" and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise ConfigError(
+            f"WORLD_SIZE is {n_processes} in the environment, but RANK and MASTER_ADDR, which a launcher sets as well, "
+            f"are not; unset it, or start with torchrun or accelerate launch"
+        )
     # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
