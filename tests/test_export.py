@@ -53,7 +53,9 @@ def saved(tiny_model: Build, tiny_tokenizer: Tokenizer, tmp_path: Path) -> Save:
         model = tiny_model(n_vocab=tokenizer.n_vocab, **fields)
         data = DataConfig(current_datasets=("SOTU", "WIKI"), dataset_probabilities=(0.7, 0.3))
         (tmp_path / "run").mkdir(exist_ok=True)
-        tensors, state = gather_tensors(model, [], keep=True), {"tokens_seen": 123_456, "step": 7}
+        tensors, counts = gather_tensors(model, [], keep=True), {"total_steps": 7, "epochs": 1, "rows_per_step": 1}
+        state: dict[str, Any] = counts | {"tokens_seen": 123_456, "step": 7, "seconds_trained": 1.0}
+        state["data"] = {"identity": {}, "streams": {}}
         return save_checkpoint(tmp_path / "run", 7, tensors, state, Config(data, model.config), tokenizer, None)
 
     return save
