@@ -64,4 +64,5 @@ stage "ruff format" "$python" -m ruff format --check .
 stage "mypy" "$python" -m mypy
 stage "shellcheck" shellcheck -x .ci/run "${shell_scripts[@]}"
 say "== pytest"
-exec "$python" -m pytest ${pytest_options[@]+"${pytest_options[@]}"}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two tests at a time, of one thread each: their models are small
+exec "$python" -m pytest -n 2 --dist loadfile ${pytest_options[@]+"${pytest_options[@]}"}

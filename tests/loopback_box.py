@@ -153,7 +153,8 @@ class Box:
         folder, final = self.folder / run / f".tmp-step-{step:08d}", self.folder / run / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(os.urandom(size))
-        (folder / "state.json").write_text("{}\n")
+        for name in ("optimizer.safetensors", "state.json", "config.json", "tokenizer.json"):
+            (folder / name).write_text("{}\n")
         contents = {file.name: file.read_bytes() for file in folder.iterdir()}
         files = {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in contents.items()}
         manifest: dict[str, Any] = {"format": 1, "step": step, "val_loss": val_loss, "files": files}
