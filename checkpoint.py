@@ -36,6 +36,7 @@ from model import GPT
 from tokenizer import Tokenizer
 
 FORMAT = 1
+_REPLACED = f"{PARTIAL}replaced-"
 _STEP_NAME = re.compile(r"step-(\d{8})")
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # in a manifest: never a path
@@ -83,6 +84,7 @@ def open_run(run_dir: Path) -> IO[str]:
         lock = lock_folder(run_dir, "choose another --train.run_name")
     except OSError as error:
         raise DiskError(f"cannot write to {run_dir} ({error.strerror}); choose another --train.out_dir") from None
+    _put_replaced_back(run_dir)
     for leftover in run_dir.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
@@ -122,7 +124,7 @@ def save_checkpoint(
         write_json(temporary / "manifest.json", manifest)
         _flush(temporary / "manifest.json")
         _flush(temporary)
-        aside = run_dir / f"{PARTIAL}old-{final.name}"
+        aside = run_dir / f"{_REPLACED}{final.name}"
         if final.exists():  # a resumed run reached a step that it had saved before
             final.rename(aside)
         temporary.rename(final)
@@ -130,9 +132,19 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _put_replaced_back(run_dir)
         raise DiskError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from None
     _remove_old(run_dir, config.train.keep_checkpoints, config.train.keep_every)
     return final
+
+
+def _put_replaced_back(run_dir: Path) -> None:
+    """A save over a step that was there already, and that ended between its two renames, leaves the old one aside."""
+    for aside in run_dir.glob(f"{_REPLACED}step-*"):
+        final = run_dir / aside.name.removeprefix(_REPLACED)
+        if not final.exists():
+            aside.rename(final)
 
 
 def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:

@@ -220,7 +220,7 @@ class TrainingConfig:
     save_minutes: float = 30.0  # save also when the last checkpoint is older than this; 0: by steps only
     keep_checkpoints: int = 3  # newest checkpoints kept; the one with the best validation loss is kept as well
     keep_every: int = 0  # keep also each checkpoint whose step is a multiple of this; 0: none
-    hang_minutes: float = 30.0  # end the run, showing where it hangs, when a step takes longer than this; 0: never
+    hang_minutes: float = 60.0  # end the run, showing where it hangs, when a step takes longer than this; 0: never
     max_spike: float = 0.0  # when a loss is so many nats above its recent median: undo, skip what led there; 0: never
 
     def validate(self) -> None:
@@ -306,6 +306,7 @@ class Config:
         for group in (self.data, self.model, self.train, self.generation, self.eval):
             group.validate()
         self.model.resolved(self.data.n_vocab)
+        _require(self.resume or not self.restart_data, "restart_data is for --resume; add it, or leave it out")
         if not self.resume:  # else the rows per step are those of the saved run: train.py checks when it knows them
             self.check_layout(world_size)
         if self.train.max_steps:

@@ -62,11 +62,15 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free
     passes = {name: tokens * share / n for name, (n, share) in per_epoch.items() if n}
 
+    # Before the measured steps, whose memory torch keeps.
+    usable = 0 if gpu else usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
     speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
-    seconds = total_steps * speed.step + speed.compiling
-    seconds += n_validations * speed.validation + n_saves * speed.checkpoint
     if int(os.environ.get("RANK", "0")):
         return 0
+    if c.save_minutes:
+        n_saves = max(n_saves, int(total_steps * speed.step / 60 / c.save_minutes))
+    seconds = total_steps * speed.step + speed.compiling
+    seconds += n_validations * speed.validation + n_saves * speed.checkpoint
     rate = config.tokens_per_step(world_size) / speed.step
     print(f"model     {counts['total'] / 1e6:,.1f}M parameters, {flops / 1e6:,.1f} MFLOP per token")
     print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {tokens / 1e6:,.1f}M "
@@ -74,8 +78,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
     device = gpu or describe(default_device())
-    usable = "" if gpu else f", of {usable_memory(default_device()) / 2**30:.1f} to use"
-    print(f"memory    {memory.total / 2**30:.2f} GB a device at most{usable}: {world_size} x {device}")
+    of_these = "" if gpu else f", of {usable / 2**30:.1f} to use"
+    print(f"memory    {memory.total / 2**30:.2f} GB a device at most{of_these}: {world_size} x {device}")
     print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
           f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
     print(f"speed     {rate:,.0f} tokens/s, {speed.source}")
@@ -90,7 +94,7 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
         print(
             "  ! the checkpoints do not fit the disk; lower --train.keep_checkpoints, or choose another --train.out_dir"
         )
-    if not gpu and memory.total > usable_memory(default_device()):
+    if not gpu and memory.total > usable and not c.fit_memory:
         print("  ! it may not fit the memory; --train.batch_size auto takes what does, with more accumulation")
     return 0
 
@@ -126,19 +130,26 @@ def _assumed(gpu: str, mfu: float, flops: int, config: Config, world_size: int) 
 def _measured(config: Config, run: Callable) -> Speed:
     """Train for a few steps, as the run would, and remove all that is left."""
     c = config.train
-    folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan"
+    launch = os.environ.get("MASTER_PORT", os.getpid())  # the same in all processes of this plan, and no other's
+    folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan-{launch}"
     few = dataclasses.replace(
         c, max_steps=MEASURED_STEPS, warmup_tokens=0, eval_every=10**9, save_every=10**9, log_every=1,
         out_dir=str(folder.parent), run_name="plan",
     )  # fmt: skip
+    is_main = os.environ.get("RANK", "0") == "0"
     few.run_name = folder.name  # hidden, which a name of a run may not be
     print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            run(dataclasses.replace(config, train=few, resume=False, restart_data=False))
+            code = run(dataclasses.replace(config, train=few, resume=False, restart_data=False))
         records = read_metrics(folder / "metrics.jsonl")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+    if code:
+        raise KeyboardInterrupt  # stopped by a signal
+    if not is_main:
+        return Speed(math.nan, 0, 0, 0, "")
     steps = [r for r in records if r["kind"] == "train"]
     (validation,) = (r for r in records if r["kind"] == "validation")
     (saved,) = (r for r in records if r["kind"] == "checkpoint")
@@ -192,8 +203,11 @@ def check(config: Config, argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "check")
+        # Another's weights have all their layers; FSDP has no use for one process.
+        layers = [] if config.init_from else ["--model.n_layers", str(min(2, config.model.n_layers))]
+        layers += ["--train.no_fsdp"] if c.fsdp else []
         small = [
-            *argv, "--model.n_layers", str(min(2, config.model.n_layers)), "--train.batch_size", "1",
+            *argv, *layers, "--train.batch_size", "1",
             "--train.gradient_accumulation_steps", str(config.data.n_streams), "--train.warmup_tokens", "0",
             "--train.out_dir", folder, "--train.run_name", "check", "--train.no_compile", "--train.save_every", "1",
             "--data.val_tokens", str(2 * config.model.max_length), "--eval.sample_tokens", "8",

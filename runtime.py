@@ -23,9 +23,11 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
 )
 
+from checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_checkpoint
 from config import PRESETS, Config, TrainingConfig
 from errors import ConfigError, explain
 from files import write_json
@@ -85,6 +87,21 @@ def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelera
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = fsdp
     return accelerator
+
+
+def newest_for_all(accelerator: Accelerator, run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that the main process sees. Machines may see a shared disk at different times; raises
+    CheckpointError in a process that does not see that one."""
+    accelerator.wait_for_everyone()
+    newest = newest_checkpoint(run_dir)
+    (step,) = broadcast_object_list([newest.step if newest else None])
+    found = next((c for c in list_checkpoints(run_dir) if c.step == step), None)
+    if step is not None and found is None:
+        raise CheckpointError(
+            f"process {accelerator.process_index} does not see the checkpoint of step {step} in {run_dir}; all "
+            f"machines need the same --train.out_dir, on a disk that they share"
+        )
+    return found
 
 
 def keep_rows_per_step(config: Config, rows_per_step: int, world_size: int) -> Config:
@@ -152,6 +169,7 @@ def name_suspects(
     batch_size: int,
 ) -> str:
     """Score each row of a step that is not finite, write all to non-finite.json, and name the worst in a sentence."""
+    model.zero_grad(set_to_none=True)  # their memory is needed, and they are of no use
     rows = np.concatenate([batch.inputs, batch.targets[:, -1:].clip(min=0)], axis=1)
     batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
     with accelerator.autocast():

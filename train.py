@@ -44,6 +44,8 @@ class TrainConfig(Config):
             raise ConfigError(f"price_per_hour is {self.price_per_hour}; use 0 or a positive number")
         if (self.gpu or self.price_per_hour) and not self.plan:
             raise ConfigError("gpu and price_per_hour are for --plan; add it, or leave them out")
+        if self.mfu != 0.4 and not self.gpu:
+            raise ConfigError("mfu is for a --gpu that is not here; name it, or leave mfu out")
         return super().validate(world_size)
 
 
@@ -54,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan or options.check:
         import plan
 
+        if config.init_from:
+            from checkpoint import load_model
+            from runtime import like
+
+            config = like(config, load_model(config.init_from)[2])
         if options.check:
             return plan.check(config, [word for word in (sys.argv[1:] if argv is None else argv) if word != "--check"])
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -118,6 +125,7 @@ def train(config: Config) -> int:
         keep_rows_per_step,
         like,
         name_suspects,
+        newest_for_all,
         often_repeated,
         runs_out_of_memory,
         start_processes,
@@ -157,8 +165,7 @@ def train(config: Config) -> int:
     if is_main:
         for line in put_damaged_aside(run_dir):
             complain(line)
-    accelerator.wait_for_everyone()
-    newest = newest_checkpoint(run_dir)
+    newest = newest_for_all(accelerator, run_dir)
     state = read_state(newest.path) if newest else None
     if state and 0 < c.max_steps < state["step"]:
         raise ConfigError(
@@ -221,12 +228,14 @@ def train(config: Config) -> int:
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
     recent_losses: deque[float] = deque(maxlen=100)
+    undone: Counter[int] = Counter()  # spikes, by the step of the checkpoint that they led back to
     first_data_step = 0  # where the documents began: not at 0 if --restart_data changed them
     if newest and state:
         check_same_run(newest.path, config)
         load_training_state(newest.path, model, optimizers)
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
         recent_losses.extend(state.get("recent_losses", []))
+        undone.update({int(key): n for key, n in state.get("undone", {}).items()})
         if config.restart_data and state["data"]["identity"] != data.identity():
             first_data_step = step
             say(f"data      changed since step {step}: its documents begin anew")
@@ -333,7 +342,8 @@ def train(config: Config) -> int:
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
                 "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
-                "tokens_seen": tokens_seen, "seconds_trained": seconds_trained, "recent_losses": [*recent_losses],
+                "tokens_seen": tokens_seen, "seconds_trained": seconds_trained,
+                "recent_losses": [*recent_losses], "undone": undone,
                 "first_data_step": first_data_step, "data": data_state,
             }  # fmt: skip
             path = save_checkpoint(run_dir, step, tensors, state, config, tokenizer, val_loss)
@@ -354,7 +364,6 @@ def train(config: Config) -> int:
     position, val_loss = data.state_dict(), None
     first_step = saved_step = step
     max_grad_norm = c.max_grad_norm or math.inf
-    undone: Counter[int] = Counter()  # by the step of the checkpoint that a spike led back to
     outcome = "complete"
     while c.max_steps == 0 or step < c.max_steps:  # epochs end by themselves: total_steps is about where
         watch()
@@ -395,7 +404,11 @@ def train(config: Config) -> int:
         finite, scaler = math.isfinite(grad_norm), accelerator.scaler
         broken = not math.isfinite(loss) or not (finite or (scaler and scaler.get_scale() >= 1))
         usual_loss = statistics.median(recent_losses) if len(recent_losses) >= 10 else math.inf
-        if c.max_spike and (broken or loss > usual_loss + c.max_spike) and (back := newest_checkpoint(run_dir)):
+        spiked = c.max_spike and (broken or loss > usual_loss + c.max_spike)
+        if spiked and is_main:
+            for line in put_damaged_aside(run_dir):
+                complain(line)
+        if spiked and (back := newest_for_all(accelerator, run_dir)):
             undone[back.step] += 1
             if undone[back.step] > 3:
                 raise NonFiniteError(
@@ -410,11 +423,13 @@ def train(config: Config) -> int:
                 next(data, None)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
+            if scaler:  # with the scale that a run begins with: a spike may have shrunk it to nothing
+                scaler.update(2.0**16)
             verify_checkpoint(back.path)
             load_training_state(back.path, model, optimizers)
             state = read_state(back.path)
             step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
-            recent_losses = deque(state["recent_losses"], recent_losses.maxlen)
+            recent_losses = deque(state.get("recent_losses", []), recent_losses.maxlen)
             progress.reset(total_steps)
             progress.update(step)
             position, val_loss = data.state_dict(), back.val_loss

@@ -145,7 +145,7 @@ delete_old() {
   while IFS=$'\t' read -r -u 3 kind run step manifest size; do
     if [[ $kind != delete || $refused == *" $run/$step/$manifest "* ]]; then continue; fi
     if ! files verify "$LOCAL_DIR/$run/$step" "$manifest"; then
-      refuse "$run/$step/$manifest" "$LOCAL_DIR/$run/$step: $answer; remove it to copy it again from the box"
+      refuse "local:$run/$step/$manifest" "$LOCAL_DIR/$run/$step: $answer; remove it to copy it again from the box"
       continue
     fi
     code=0

@@ -89,6 +89,8 @@ def read_manifest(content: bytes) -> dict[str, Any] | None:
         rest = {key: value for key, value in manifest.items() if key != "sha256"}
         digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
         plain = all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) for name in manifest["files"])
+        plain &= all(type(file["size"]) is int and type(file["sha256"]) is str for file in manifest["files"].values())
+        plain &= type(manifest["step"]) is int and isinstance(manifest["val_loss"], (int, float, type(None)))
         return manifest if plain and manifest["sha256"] == digest else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -609,7 +609,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
     "pages": {"files"},
     "explain": {"model", "sampling", "tokenizer"},
-    "runtime": {"config", "errors", "files", "hardware", "metrics", "model", "prepare_data"},
+    "runtime": {"checkpoint", "config", "errors", "files", "hardware", "metrics", "model", "prepare_data"},
     "plan": {"config", "errors", "files", "hardware", "memory", "metrics", "model", "prepare_data"},
 }
 WITHOUT_TORCH = ["errors", "files", "config", "tokenizer", "hub", "sources", "documents", "shards", "prepare_data"]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import open_run
 from tests.test_train import ROOT, Runs, weights
 
 
@@ -45,6 +47,21 @@ def test_every_nth_checkpoint_is_kept_beside_the_newest_and_the_best(runs: Runs)
         (r for r in runs.records("kept") if r["kind"] == "validation"), key=lambda r: r["datasets"]["all"]["loss"]
     )
     assert steps_of(runs.folder / "kept") == sorted({6, 12, 18, 20, best["step"]})
+
+
+def test_a_save_over_an_older_one_that_was_killed_between_its_renames_loses_neither(runs: Runs, whole: str) -> None:
+    """As after a spike, which is saved at the step that was gone back to."""
+    folder = runs.folder / "killed-between"
+    shutil.copytree(runs.folder / "whole", folder)
+    (folder / "step-00000020").rename(folder / ".tmp-replaced-step-00000020")
+    before = weights(folder / ".tmp-replaced-step-00000020")
+    open_run(folder).close()
+    assert steps_of(folder) == [10, 20]
+    assert weights(folder / "step-00000020") == before
+    (folder / "step-00000020").rename(folder / ".tmp-replaced-step-00000010")  # of a save that was done but for this
+    open_run(folder).close()
+    assert steps_of(folder) == [10]
+    assert weights(folder / "step-00000010") == weights(runs.checkpoint("whole", 10))
 
 
 # ---- another run's weights, other data --------------------------------------------------------------
