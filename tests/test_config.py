@@ -606,8 +606,23 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "checkpoint": {"config", "errors", "files", "model", "tokenizer"},
     "decoding": {"errors", "model"},
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
-}
-WITHOUT_TORCH = ["errors", "files", "config", "tokenizer", "hub", "sources", "documents", "shards", "prepare_data"]
+    "tasks": {"hub"},
+    "scoring": {
+        "checkpoint", "errors", "hub", "metrics", "model", "sampling", "tasks", "tokenizer",
+    },
+}  # fmt: skip
+WITHOUT_TORCH = [
+    "errors",
+    "files",
+    "config",
+    "tokenizer",
+    "hub",
+    "sources",
+    "documents",
+    "shards",
+    "prepare_data",
+    "tasks",
+]
 
 
 def imports_of(node: ast.AST) -> set[str]:
