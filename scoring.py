@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, KVCache
 from sampling import encode_prompt
 from tasks import Document
 from tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class OwnModel:
@@ -124,19 +126,20 @@ def answers_of(
     """The Answers of each document. run(work, batches): the results of work(batch), of each. Raises DataError."""
     # Ids whose logits are made at once: model.py's figures, whose reasons are the same here.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
-    batches: list[list[list[Row]]] = []
-    room = 0
-    for rows in sorted(rows_of(documents, model), key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True):
-        size = rows[0].shared + sum(len(row.ids) - row.shared for row in rows)
-        if not batches or size > room:
-            batches.append([])
-            room = 4 * tokens  # ids to read, most of them without logits
-        batches[-1].append(rows)
-        room -= size
+    same = sorted(rows_of(documents, model), key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True)
+    batches = list(portions(same, 4 * tokens, lambda rows: rows[0].shared + sum(len(r.ids) - r.shared for r in rows)))
     answers: dict[tuple[int, int], Answer] = {}
     for scored in run(lambda batch: score(batch, model, tokens), batches):
         answers |= scored
     return [[answers[n, i] for i in range(len(document.contexts))] for n, document in enumerate(documents)]
+
+
+def portions(items: list[T], room: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """As many at a time as would fit if all were as large as the first of them."""
+    while items:
+        n = max(1, room // size(items[0]))
+        yield items[:n]
+        items = items[n:]
 
 
 def rows_of(documents: Sequence[Document], model: Model) -> list[list[Row]]:
@@ -178,9 +181,7 @@ def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, 
     rows = sorted(((b, row) for b, same in enumerate(batch) for row in same), key=lambda pair: -len(pair[1].ids))
     cache = model.read(padded([same[0].ids[:P] for same in batch]), len(rows[0][1].ids) - P) if P else None
     answers: dict[tuple[int, int], Answer] = {}
-    while rows:
-        n = max(1, tokens // (len(rows[0][1].ids) - P))
-        chunk, rows = rows[:n], rows[n:]
+    for chunk in portions(rows, tokens, lambda pair: len(pair[1].ids) - P):
         which = torch.tensor([b for b, _ in chunk], device=model.device)
         logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which).float()  # (R, T, V)
         log_sum, best = logits.logsumexp(dim=2), logits.argmax(dim=2)  # (R, T)
@@ -192,7 +193,7 @@ def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, 
                 spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
                 places += [(i, start + j, wanted) for j, wanted in enumerate(continuation)]
         r, t, wanted = torch.tensor(places, device=model.device).T
-        values, greedy = (logits[r, t, wanted] - log_sum[r, t]).double().cpu(), (best[r, t] == wanted).cpu()
+        values, greedy = (logits[r, t, wanted] - log_sum[r, t]).cpu().double(), (best[r, t] == wanted).cpu()
         answers |= {key: Answer(float(values[s].sum()), bool(greedy[s].all())) for key, s in spans.items()}
     return answers
 

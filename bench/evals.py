@@ -156,7 +156,7 @@ def main() -> int:
         results["same"] = {}
         for name in names:
             results["same"][name] = same = same_answers(folder, name, arguments.limit)
-            print(f"{name:<15}{same['documents']:>6} documents, of another result: {same['other_result']}, "
+            print(f"{name:<15}{same['documents']:>6} documents, other results: {same['other_result']}, "
                   f"log-likelihoods within {same['largest_difference_of_log_likelihoods']:.1e}", flush=True)  # fmt: skip
         form, their_form, batch, tried = fastest(folder, 32)
         print(f"fastest: ours {form}, lm_eval {their_form} with batches of {batch}; {tried}", flush=True)

@@ -24,56 +24,43 @@ from tests.loopback_hub import Hub, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# --------------------------------------------------------------------------------------
-# What a model is asked
-# --------------------------------------------------------------------------------------
-
 OPTIONS = {"text": ["a log", "an oar", "the sea"], "label": ["A", "B", "C"]}
-ROWS: dict[str, dict[str, Any]] = {
-    "hellaswag": {
-        "activity_label": "Rowing", "ctx_a": "[header] How to row [title] Sit.", "ctx_b": "then you", "label": "1",
-        "endings": ["sink.", "[step] pull  hard."],
-    },
-    "lambada": {"text": "He took the oars and began to row"},
-    "piqa": {"goal": "row a boat", "sol1": "Pull the oars.", "sol2": "Eat the oars.", "label": 0},
-    "arc_easy": {"question": "What moves a boat?", "choices": OPTIONS, "answerKey": "B"},
-    "winogrande": {"sentence": "The oar hit it so _ broke .", "option1": "the oar", "option2": "it", "answer": "2"},
-    "openbookqa": {"question_stem": "A boat is moved by", "choices": OPTIONS, "answerKey": " C"},
-    "boolq": {"passage": "Boats -- Boats float.", "question": "do boats float", "label": 1},
-    "sciq": {
-        "support": " Boats float.", "question": "What floats?", "distractor1": "lead", "distractor2": "iron",
-        "distractor3": "gold", "correct_answer": "boats",
-    },
-    "commonsense_qa": {"question": " What moves a boat? ", "choices": OPTIONS, "answerKey": "B"},
-    "mmlu": {"question": "What moves a boat?\n", "subject": "us_history", "choices": OPTIONS["text"], "answer": 1},
-}  # fmt: skip
 LETTERS = "\nA. a log\nB. an oar\nC. the sea\nAnswer:"
-EXPECTED = {
-    "hellaswag": ("Rowing: How to row. Sit. Then you", (" sink.", "  pull hard."), 1),
-    "lambada": ("He took the oars and began to", (" row",), 0),
-    "piqa": ("Question: row a boat\nAnswer:", (" Pull the oars.", " Eat the oars."), 0),
-    "arc_easy": ("Question: What moves a boat?\nAnswer:", (" a log", " an oar", " the sea"), 1),
-    "openbookqa": ("A boat is moved by", (" a log", " an oar", " the sea"), 2),
-    "boolq": ("Boats -- Boats float.\nQuestion: do boats float?\nAnswer:", (" no", " yes"), 1),
-    "sciq": ("Boats float.\nQuestion: What floats?\nAnswer:", (" lead", " iron", " gold", " boats"), 3),
-    "commonsense_qa": ("Question: What moves a boat?" + LETTERS, (" A", " B", " C"), 1),
-    "mmlu": (
-        "The following are multiple choice questions (with answers) about us history.\n\nWhat moves a boat?" + LETTERS,
-        (" A", " B", " C"),
-        1,
-    ),
-}
+SUBJECT = "The following are multiple choice questions (with answers) about us history.\n\n"
+ROWS: list[tuple[str, dict[str, Any], str, tuple[str, ...], int]] = [  # task, row, context, continuations, label
+    ("hellaswag", {"activity_label": "Rowing", "ctx_a": "[header] How to row [title] Sit.", "ctx_b": "then you",
+                   "endings": ["sink.", "[step] pull  hard."], "label": "1"},
+     "Rowing: How to row. Sit. Then you", (" sink.", "  pull hard."), 1),
+    ("lambada", {"text": "He took the oars and began to row"}, "He took the oars and began to", (" row",), 0),
+    ("piqa", {"goal": "row", "sol1": "Pull.", "sol2": "Eat.", "label": 0},
+     "Question: row\nAnswer:", (" Pull.", " Eat."), 0),
+    ("arc_easy", {"question": "What moves a boat?", "choices": OPTIONS, "answerKey": "B"},
+     "Question: What moves a boat?\nAnswer:", (" a log", " an oar", " the sea"), 1),
+    ("openbookqa", {"question_stem": "A boat is moved by", "choices": OPTIONS, "answerKey": " C"},
+     "A boat is moved by", (" a log", " an oar", " the sea"), 2),
+    ("boolq", {"passage": "Boats -- Boats float.", "question": "do boats float", "label": 1},
+     "Boats -- Boats float.\nQuestion: do boats float?\nAnswer:", (" no", " yes"), 1),
+    ("sciq", {"support": " Boats float.", "question": "What floats?", "distractor1": "lead", "distractor2": "iron",
+              "distractor3": "gold", "correct_answer": "boats"},
+     "Boats float.\nQuestion: What floats?\nAnswer:", (" lead", " iron", " gold", " boats"), 3),
+    ("commonsense_qa", {"question": " What moves a boat? ", "choices": OPTIONS, "answerKey": "B"},
+     "Question: What moves a boat?" + LETTERS, (" A", " B", " C"), 1),
+    ("mmlu", {"question": "What moves?\n", "subject": "us_history", "choices": OPTIONS["text"], "answer": 1},
+     SUBJECT + "What moves?" + LETTERS, (" A", " B", " C"), 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_a_row_becomes_a_context_its_answers_and_the_right_one(name: str) -> None:
-    context, continuations, label = EXPECTED[name]
-    assert TASKS[name].document(ROWS[name]) == Document((context,) * len(continuations), continuations, label)
+@pytest.mark.parametrize(("name", "row", "context", "continuations", "label"), ROWS)
+def test_a_row_becomes_a_context_its_answers_and_the_right_one(
+    name: str, row: dict[str, Any], context: str, continuations: tuple[str, ...], label: int
+) -> None:
+    assert TASKS[name].document(row) == Document((context,) * len(continuations), continuations, label)
 
 
 def test_winogrande_puts_each_option_into_the_context() -> None:
+    row = {"sentence": "The oar hit it so _ broke .", "option1": "the oar", "option2": "it", "answer": "2"}
     contexts = "The oar hit it so the oar", "The oar hit it so it"
-    assert TASKS["winogrande"].document(ROWS["winogrande"]) == Document(contexts, (" broke .", " broke ."), 1)
+    assert TASKS["winogrande"].document(row) == Document(contexts, (" broke .", " broke ."), 1)
 
 
 needs_package = pytest.mark.skipif(
@@ -123,16 +110,12 @@ def test_every_document_is_asked_as_lm_eval_asks_it(name: str, monkeypatch: pyte
     assert sorted(asked) == sorted(tasks.load_documents(name, "package"))
 
 
-# --------------------------------------------------------------------------------------
-# How the answers are scored
-# --------------------------------------------------------------------------------------
-
 WORDS = GETTYSBURG.split()
 
 
 def documents() -> list[Document]:
     """Contexts and answers of many lengths, some longer than a context of 32 tokens; and each odd case once."""
-    cut = [(i, i % 23 + 1) for i in range(0, 60, 3)]
+    cut = [(i, i % 13 + 1) for i in range(0, 60, 3)]
     several = [
         Document(
             (" ".join(WORDS[i : i + n]),) * 3, tuple(" " + " ".join(WORDS[j : j + 1 + j % 3]) for j in (n, i, 7)), 0
@@ -276,7 +259,7 @@ def test_a_difference_is_tested_on_the_documents_on_which_two_models_differ() ->
     these, others = "1" * 50 + "0" * 10 + "1" * 2, "1" * 50 + "1" * 10 + "0" * 2
     difference, error, p = paired(these, others)
     assert difference == pytest.approx(8 / 62)
-    assert error == pytest.approx(0.0523, abs=1e-4)
+    assert error == pytest.approx((12 - 64 / 62) ** 0.5 / (61 * 62) ** 0.5)
     assert p == pytest.approx(2 * (1 + 12 + 66) / 2**12)  # 2 of 12 heads or fewer, or as many tails
     assert paired("0110", "0110") == (0, 0, 1)
 
@@ -300,17 +283,12 @@ def test_a_text_that_repeats_itself_is_told_from_one_that_does_not() -> None:
     assert diversity(["a b c d e f g", "h"]) == {"repetition": 0, "distinct_1": 1, "distinct_2": 1}
 
 
-# --------------------------------------------------------------------------------------
-# evals.py
-# --------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """Two tasks: PIQA in its only configuration, and WinoGrande in one of several; each of 24 rows."""
     for name, config in (("piqa", "default"), ("winogrande", "winogrande_xl")):
         repo = tmp_path / "hub" / TASKS[name].repository
-        write_card(repo, configs=[{"config_name": config, "data_files": {"validation": "validation.jsonl"}}])
+        write_card(repo, configs=[{"config_name": config, "data_files": [{"split": "validation", "path": "*.jsonl"}]}])
         with (repo / "validation.jsonl").open("w") as file:
             for i in range(24):
                 text = {"goal": " ".join(WORDS[i : i + 4]), "sol1": WORDS[i], "sol2": WORDS[2 * i], "label": i % 2}
