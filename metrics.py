@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,35 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]
         return float(value), math.nan
     residuals = numerator - value * denominator
     return float(value), float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / total)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Of independent values: their mean and its standard error (NaN for a single one)."""
+    n = len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+
+def paired(these: str, others: str) -> tuple[float, float, float]:
+    """(others - these, its standard error, p) of the same documents' results "0110...".
+
+    p: McNemar's exact test, that of the documents on which the two differ each has as many right.
+    """
+    differences = [int(b) - int(a) for a, b in zip(these, others, strict=True)]
+    n, fewer = sum(map(abs, differences)), min(differences.count(1), differences.count(-1))
+    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    return *mean_and_error(differences), p
+
+
+def diversity(texts: list[str]) -> dict[str, float]:
+    """repetition: the share of a text's 4-grams of words that it had before (arXiv:1908.04319), the texts' mean.
+    distinct_1, distinct_2: of the words, and pairs of words, of all texts the different ones (arXiv:1510.03055)."""
+
+    def different(n: int, texts: list[str]) -> float:
+        grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
+        return len(set(grams)) / len(grams) if grams else 1.0
+
+    repetition = 1 - sum(different(4, [text]) for text in texts) / len(texts)
+    return {"repetition": repetition, "distinct_1": different(1, texts), "distinct_2": different(2, texts)}
 
 
 def rows_to_score(batch_size: int, length: int, n_vocab: int) -> int:

@@ -611,8 +611,12 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "explain": {"model", "sampling", "tokenizer"},
     "runtime": {"checkpoint", "config", "errors", "files", "hardware", "metrics", "model", "prepare_data"},
     "plan": {"config", "errors", "files", "hardware", "memory", "metrics", "model", "prepare_data"},
+    "tasks": {"hub"},
+    "scoring": {"checkpoint", "errors", "hub", "metrics", "model", "sampling", "tasks", "tokenizer"},
 }
-WITHOUT_TORCH = ["errors", "files", "config", "tokenizer", "hub", "sources", "documents", "shards", "prepare_data"]
+WITHOUT_TORCH = [
+    "errors", "files", "config", "tokenizer", "hub", "sources", "documents", "shards", "prepare_data", "tasks",
+]  # fmt: skip
 
 
 def imports_of(node: ast.AST) -> set[str]:

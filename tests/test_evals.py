@@ -15,7 +15,9 @@ def test_the_table_fits_100_columns_and_shows_what_is_unknown_as_a_dash() -> Non
     untrained = dict(zip(names, (10.825, 50257.1, 12.3456, 0.0, 1.0), strict=True)) | {"tokens": 10_000_000}
     spread = {f"{name}_se": value for name, value in zip(names, (0.012, 987.1, 0.0123, 0.001, 0.0012), strict=True)}
     unknown = {f"{name}_se": math.nan for name in names}
-    lines = evals.table({"FINEWEB_EDU": untrained | spread, "one row": untrained | unknown}).splitlines()
+    lines = evals.table(
+        {"FINEWEB_EDU": untrained | spread, "one row": untrained | unknown}, *evals.HELD_OUT
+    ).splitlines()
     assert max(map(len, lines)) <= 100
     assert "10.825 +- 0.012" in lines[1]
     assert "10.825 +- -" in lines[2]
