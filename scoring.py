@@ -127,7 +127,7 @@ def answers_of(
     # Ids whose logits are made at once: model.py's figures, whose reasons are the same here.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
     same = sorted(rows_of(documents, model), key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True)
-    batches = list(portions(same, 4 * tokens, lambda rows: rows[0].shared + sum(len(r.ids) - r.shared for r in rows)))
+    batches = list(portions(same, tokens, lambda rows: rows[0].shared + sum(len(r.ids) - r.shared for r in rows)))
     answers: dict[tuple[int, int], Answer] = {}
     for scored in run(lambda batch: score(batch, model, tokens), batches):
         answers |= scored
@@ -177,14 +177,13 @@ def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, 
         width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
 
-    P = min(rows[0].shared for rows in batch)
+    P, block = min(rows[0].shared for rows in batch), 16 if model.device.type == "cpu" else tokens
     rows = sorted(((b, row) for b, same in enumerate(batch) for row in same), key=lambda pair: -len(pair[1].ids))
     cache = model.read(padded([same[0].ids[:P] for same in batch]), len(rows[0][1].ids) - P) if P else None
     answers: dict[tuple[int, int], Answer] = {}
     for chunk in portions(rows, tokens, lambda pair: len(pair[1].ids) - P):
         which = torch.tensor([b for b, _ in chunk], device=model.device)
-        logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which).float()  # (R, T, V)
-        log_sum, best = logits.logsumexp(dim=2), logits.argmax(dim=2)  # (R, T)
+        logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which)  # (R, T, V)
         places: list[tuple[int, int, int]] = []  # (row, position, wanted id) of all answers
         spans: dict[tuple[int, int], slice] = {}  # where each one's are
         for i, (_, row) in enumerate(chunk):
@@ -192,8 +191,15 @@ def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, 
                 start = len(row.ids) - P - len(continuation)
                 spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
                 places += [(i, start + j, wanted) for j, wanted in enumerate(continuation)]
-        r, t, wanted = torch.tensor(places, device=model.device).T
-        values, greedy = (logits[r, t, wanted] - log_sum[r, t]).cpu().double(), (best[r, t] == wanted).cpu()
+        parts = []
+        # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
+        for r, t, wanted in map(Tensor.unbind, torch.tensor(places).T.to(model.device).split(block, dim=1)):
+            found = logits[r, t].float()  # (n, V)
+            chosen = found[torch.arange(len(r), device=r.device), wanted]
+            first = chosen == found.amax(dim=1)
+            first[first.clone()] = found[first].argmax(dim=1) == wanted[first]  # of equals the first is the choice
+            parts.append(torch.stack((chosen - found.logsumexp(dim=1), first)).cpu().double())
+        values, greedy = torch.cat(parts, dim=1)
         answers |= {key: Answer(float(values[s].sum()), bool(greedy[s].all())) for key, s in spans.items()}
     return answers
 
