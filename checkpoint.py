@@ -30,7 +30,7 @@ from torch import Tensor
 
 from config import TOKENIZERS, Config, DataConfig
 from errors import ConfigError, UserError
-from files import PARTIAL, lock_folder, write_json
+from files import PARTIAL, flush, lock_folder, write_json
 from interop import from_hub_config, from_hub_weights, from_tokenizer_json
 from model import GPT
 from tokenizer import Tokenizer
@@ -117,18 +117,18 @@ def save_checkpoint(
         files = {}
         for path in sorted(temporary.iterdir()):
             path.chmod(0o644)  # safetensors leaves files that only their owner may read
-            _flush(path)
+            flush(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "val_loss": val_loss, "files": files}
         manifest["sha256"] = _digest(manifest)
         write_json(temporary / "manifest.json", manifest)
-        _flush(temporary / "manifest.json")
-        _flush(temporary)
+        flush(temporary / "manifest.json")
+        flush(temporary)
         aside = run_dir / f"{_REPLACED}{final.name}"
         if final.exists():  # a resumed run reached a step that it had saved before
             final.rename(aside)
         temporary.rename(final)
-        _flush(run_dir)
+        flush(run_dir)
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
@@ -205,14 +205,6 @@ def _remove_old(run_dir: Path, keep: int, every: int) -> None:
             with contextlib.suppress(FileNotFoundError):  # sync_checkpoints.sh --delete was faster
                 checkpoint.path.rename(doomed)
                 shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -352,17 +344,25 @@ def _empty_model(config: Config, tokenizer: Tokenizer) -> GPT:
 
 
 def is_hub_model(path: Path) -> bool:
-    """Whether a folder holds a model of Hugging Face's (or some of it)."""
+    """Whether a folder holds a model of Hugging Face's (or some of it); never so a checkpoint, which is verified."""
+    if (path / "manifest.json").exists():
+        return False
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        return "model_type" in dict(_read_json(path / "config.json"))
+    except (DamagedCheckpoint, TypeError, ValueError):
         return False
 
 
 def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[GPT, Tokenizer, Config]:
     files = ["model.safetensors"]
     if (path / "model.safetensors.index.json").is_file():
-        files = sorted(set(_read_json(path / "model.safetensors.index.json")["weight_map"].values()))
+        index = _read_json(path / "model.safetensors.index.json")
+        try:
+            files = sorted(set(index["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            files = [""]
+        if not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in files):
+            raise CheckpointError(f"{path}/model.safetensors.index.json does not name files of its own folder")
     elif not (path / files[0]).is_file():
         pickles = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")))
         raise CheckpointError(

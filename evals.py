@@ -52,15 +52,14 @@ class Arguments(EvalConfig):
 
     def results_of(self, checkpoint: str) -> tuple[Path, Path | None]:
         """Where a model's results are, and the model itself if it is a checkpoint of train.py."""
-        from checkpoint import find_checkpoint
+        from checkpoint import find_checkpoint, is_hub_model
 
         path = Path(checkpoint).expanduser()
         suffix = (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
         suffix += f"-{self.precision}" if self.precision != "auto" else ""
         if checkpoint.count("/") == 1 and not path.parent.exists():  # a name on the hub
             return Path(f"eval-{checkpoint.replace('/', '--')}{suffix}.json"), None
-        config = path / "config.json"
-        if config.is_file() and "model_type" in config.read_text():
+        if is_hub_model(path):
             return path / f"eval{suffix}.json", None
         path = find_checkpoint(path).resolve()  # of "." too: its name and folder are written
         return path.parent / f"eval-{path.name.removeprefix('step-')}{suffix}.json", path

@@ -57,12 +57,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield partial
             for file in partial.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+                flush(file)
             Path(lock.name).unlink()
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def lock_folder(folder: Path, remedy: str) -> IO[str]:

@@ -24,7 +24,7 @@ from hardware import PEAK_TFLOPS, choose_precision, default_device, describe, wh
 from memory import training_memory, usable_memory
 from metrics import duration, read_metrics
 from model import GPT
-from prepare_data import DatasetPrep, planned_tokens
+from prepare_data import DatasetPrep, planned_tokens, too_often
 
 ROOT = Path(__file__).resolve().parent
 MEASURED_STEPS = 6  # of which the first, which compiles, counts apart
@@ -57,7 +57,6 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     memory = training_memory(config, c.batch_size, world_size)
     n_saves, n_validations = math.ceil(total_steps / c.save_every), math.ceil(total_steps / c.eval_every)
     checkpoint = training_memory(config, 1).checkpoint  # whole also where FSDP divides what it holds
-    n_kept = min(n_saves, c.keep_checkpoints + 2 + (total_steps // c.keep_every if c.keep_every else 0))
     disk = Path(c.out_dir).expanduser()
     free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free
     passes = {name: tokens * share / n for name, (n, share) in per_epoch.items() if n}
@@ -65,10 +64,11 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     # Before the measured steps, whose memory torch keeps.
     usable = 0 if gpu else usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
     speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
-    if int(os.environ.get("RANK", "0")):
+    if speed is None:
         return 0
     if c.save_minutes:
         n_saves = max(n_saves, int(total_steps * speed.step / 60 / c.save_minutes))
+    n_kept = min(n_saves, most_checkpoints(config, total_steps))
     seconds = total_steps * speed.step + speed.compiling
     seconds += n_validations * speed.validation + n_saves * speed.checkpoint
     rate = config.tokens_per_step(world_size) / speed.step
@@ -99,6 +99,12 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     return 0
 
 
+def most_checkpoints(config: Config, total_steps: int) -> int:
+    """On the disk at a time: the newest, the best, the one being written, and those of each keep_every-th step."""
+    c = config.train
+    return c.keep_checkpoints + 2 + (total_steps // c.keep_every if c.keep_every else 0)
+
+
 def run_length(config: Config, world_size: int) -> tuple[int, dict[str, tuple[int, float]]]:
     """Optimizer steps of the run; and of each dataset its training tokens per epoch (0: not known) and its share.
 
@@ -127,17 +133,16 @@ def _assumed(gpu: str, mfu: float, flops: int, config: Config, world_size: int) 
     return Speed(step, 60.0, 0.0, 0.0, f"{source} (validation and checkpoints not counted)")
 
 
-def _measured(config: Config, run: Callable) -> Speed:
-    """Train for a few steps, as the run would, and remove all that is left."""
+def _measured(config: Config, run: Callable) -> Speed | None:
+    """Train for a few steps, as the run would, and remove all that is left. None but in the first process."""
     c = config.train
     launch = os.environ.get("MASTER_PORT", os.getpid())  # the same in all processes of this plan, and no other's
     folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan-{launch}"
     few = dataclasses.replace(
         c, max_steps=MEASURED_STEPS, warmup_tokens=0, eval_every=10**9, save_every=10**9, log_every=1,
-        out_dir=str(folder.parent), run_name="plan",
+        out_dir=str(folder.parent), run_name=folder.name,
     )  # fmt: skip
     is_main = os.environ.get("RANK", "0") == "0"
-    few.run_name = folder.name  # hidden, which a name of a run may not be
     print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -149,7 +154,7 @@ def _measured(config: Config, run: Callable) -> Speed:
     if code:
         raise KeyboardInterrupt  # stopped by a signal
     if not is_main:
-        return Speed(math.nan, 0, 0, 0, "")
+        return None
     steps = [r for r in records if r["kind"] == "train"]
     (validation,) = (r for r in records if r["kind"] == "validation")
     (saved,) = (r for r in records if r["kind"] == "checkpoint")
@@ -176,9 +181,7 @@ def _warnings(
         found.append(f"warm-up takes {warmup / total_steps:.0%} of the run; a tenth is enough: --train.warmup_tokens")
     if total_steps < 300:
         found.append(f"only {total_steps} steps: a smaller batch takes more of them with the same tokens")
-    if often := ", ".join(f"{name} {n:.0f} times" for name, n in passes.items() if n > 4):
-        found.append(f"{often}: more than about 4 passes teach it by heart (arXiv:2305.16264)")
-    return found
+    return found + too_often(passes)
 
 
 # --------------------------------------------------------------------------------------

@@ -458,6 +458,12 @@ def planned_tokens(name: str, config: DataConfig, documents: int, tokens_per_doc
     return int(documents * tokens_per_document * (1 - config.val_fraction))
 
 
+def too_often(passes: dict[str, float]) -> list[str]:
+    """A warning of the datasets that a run passes over more than 4 times, if there are any."""
+    often = ", ".join(f"{name} {n:.0f} times" for name, n in passes.items() if n > 4)
+    return [f"{often}: more than about 4 passes teach it by heart (arXiv:2305.16264)"] if often else []
+
+
 def _read_tokenizer(path: Path) -> Tokenizer | None:
     """A tokenizer from a file; None when there is none, or when the file is not whole."""
     try:

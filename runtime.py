@@ -34,7 +34,7 @@ from files import write_json
 from hardware import AUTOCAST_DTYPES
 from metrics import Score, rows_to_score, score_rows, without_nan
 from model import GPT
-from prepare_data import Batch, DatasetPrep
+from prepare_data import Batch, DatasetPrep, too_often
 
 
 def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
@@ -190,15 +190,14 @@ def name_suspects(
     return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {run_dir / 'non-finite.json'})"
 
 
-def often_repeated(data: DatasetPrep, tokens: int) -> str:
-    """The datasets that a run of so many tokens passes over more than 4 times, as far as their sizes are known."""
+def often_repeated(data: DatasetPrep, tokens: int) -> list[str]:
+    """too_often of a run of so many tokens, as far as the sizes of its datasets are known."""
     try:
         sizes = data.tokens_per_epoch(sample=50)
     except ConfigError:
-        return ""
+        return []
     shares = zip(data.config.current_datasets, data.config.dataset_probabilities, strict=True)
-    passes = {name: tokens * share / max(1, sizes[name]) for name, share in shares}
-    return ", ".join(f"{name} {n:.0f} times" for name, n in passes.items() if n > 4)
+    return too_often({name: tokens * share / max(1, sizes[name]) for name, share in shares})
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

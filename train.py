@@ -18,13 +18,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from config import Config, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
-
-if TYPE_CHECKING:
-    pass
 
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
@@ -103,7 +100,6 @@ def train(config: Config) -> int:
         read_config,
         read_state,
         save_checkpoint,
-        verify_checkpoint,
         write_status,
     )
     from files import write_json
@@ -261,8 +257,8 @@ def train(config: Config) -> int:
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")
-    if passes := often_repeated(data, total_steps * tokens_per_step):
-        say(f"          {passes}: more than about 4 passes teach it by heart (arXiv:2305.16264)")
+    for warning in often_repeated(data, total_steps * tokens_per_step):
+        say(f"          {warning}")
     say(
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
@@ -425,7 +421,6 @@ def train(config: Config) -> int:
                 optimizer.zero_grad(set_to_none=True)
             if scaler:  # with the scale that a run begins with: a spike may have shrunk it to nothing
                 scaler.update(2.0**16)
-            verify_checkpoint(back.path)
             load_training_state(back.path, model, optimizers)
             state = read_state(back.path)
             step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from memory import training_memory
     from model import GPT
+    from plan import most_checkpoints
 
     with torch.device("meta"):
         model = GPT(config.model.resolved(config.data.n_vocab))
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
 
     print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
-    print(f"and at most {most_checkpoints(config)} of them on the disk\n")
+    print(f"and at most {most_checkpoints(config, config.train.max_steps)} of them on the disk\n")
     if config.train.max_steps:
         devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
         tokens = config.train.max_steps * config.tokens_per_step(devices)
@@ -89,24 +90,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def most_checkpoints(config: Config) -> int:
-    """On the disk at a time: the newest, the best, the one being written, and those of each keep_every-th step."""
-    c = config.train
-    return c.keep_checkpoints + 2 + (c.max_steps // c.keep_every if c.keep_every else 0)
-
-
 def room_for_checkpoints(config: Config) -> str:
     """A line that says how much the run's checkpoints take and where. Raises DiskError when there is less room."""
     from checkpoint import DiskError, list_checkpoints
     from files import PARTIAL
     from memory import training_memory
+    from plan import most_checkpoints
 
     size = training_memory(config, 1).checkpoint
     folder = (Path(config.train.out_dir).expanduser() / config.train.run_name).absolute()
     unfinished = sum(file.stat().st_size for file in folder.glob(f"{PARTIAL}*/*"))  # of a killed save; is removed
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free + unfinished
-    missing = max(1, most_checkpoints(config) - len(list_checkpoints(folder)))  # at the end one makes way for the next
+    # At the end one makes way for the next.
+    missing = max(1, most_checkpoints(config, config.train.max_steps) - len(list_checkpoints(folder)))
     line = f"checkpoints of {size / 2**30:.2f} GB in {folder}: {missing * size / 2**30:.2f} GB for {missing} more"
     if free < missing * size:
         raise DiskError(

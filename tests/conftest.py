@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:  # torch takes a second: only the tests that ask for a model wait for it
     from model import GPT
+    from tests.test_train import Runs
     from tokenizer import Tokenizer
 
 # Under nohup, or behind & in a script, these are ignored, and the programs that the tests start would inherit that.
@@ -59,3 +60,18 @@ def tiny_tokenizer() -> Tokenizer:
     from tokenizer import train_bpe
 
     return train_bpe([GETTYSBURG], 300)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of train.py --preset smoke, in a folder of the test file's own."""
+    from tests.test_train import Runs
+
+    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> str:
+    """An uninterrupted run of 20 steps, called "whole"; what it printed."""
+    out, _ = runs("whole")
+    return out

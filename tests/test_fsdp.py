@@ -25,11 +25,6 @@ FSDP = ("--train.fsdp",)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
 def alone(runs: Runs) -> str:
     """A run of one process with the whole model."""
     return runs("alone", *SMALL, *ALONE)[0]

@@ -11,11 +11,6 @@ import train
 from tests.test_train import Runs
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
-
-
 def seconds(text: str) -> float:
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     return sum(int(n) * unit[u] for n, u in re.findall(r"(\d+)([smhd])", text))

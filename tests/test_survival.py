@@ -18,18 +18,6 @@ from checkpoint import open_run
 from tests.test_train import ROOT, Runs, weights
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def whole(runs: Runs) -> str:
-    """An uninterrupted run of 20 steps."""
-    out, _ = runs("whole")
-    return out
-
-
 def children_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 

@@ -57,18 +57,6 @@ class Runs:
         return self.folder / name / f"step-{step:08d}"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def whole(runs: Runs) -> str:
-    """An uninterrupted run of 20 steps."""
-    out, _ = runs("whole")
-    return out
-
-
 def weights(path: Path) -> bytes:
     return (path / "model.safetensors").read_bytes() + (path / "optimizer.safetensors").read_bytes()
 
