@@ -3,8 +3,8 @@
 Trains the preset with each line of options of train.py (and once without any), for each seed, at the same number of
 steps; prints the held-out bits per byte of each with its spread over the seeds, and the difference to the preset seed
 by seed. OPTIONS may begin with --variant NAME, one of bench/variants.py. --common OPTIONS are those of all runs, the
-first too. Two runs at a time with a thread each: losses are compared here, not seconds. Runs that OUT.json holds
-already are not done again.
+first too. --at_once runs at a time, with a thread each: losses are compared here, not seconds. Runs that OUT.json
+holds already are not done again.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--common", default="")
+    parser.add_argument("--at_once", type=int, default=2)
     arguments = parser.parse_intermixed_args()
 
     from bench.context import context
@@ -76,7 +77,7 @@ def main() -> int:
         print(f"{name}, seed {seed}: {table[name]['bits_per_byte'][str(seed)]:.4f}", flush=True)
         write_json(arguments.out, results)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(arguments.at_once) as pool:
         list(pool.map(do, todo))
 
     print(f"\n{key}\n{'':<32}{'bits per byte':>16}{'to the preset':>22}")
