@@ -65,6 +65,7 @@ DATASETS = {  # the counts are those of the dataset cards
     ),
     "LOCAL": Dataset("local", licence="your own"),
 }
+TRACKERS = "tensorboard", "trackio", "wandb"
 TOKENIZERS = {"gpt2": 50257, "cl100k_base": 100277, "bpe": 0}  # entries; bpe: as many as you ask for
 
 
@@ -221,6 +222,7 @@ class TrainingConfig:
     keep_checkpoints: int = 3  # newest checkpoints kept; the one with the best validation loss is kept as well
     keep_every: int = 0  # keep also each checkpoint whose step is a multiple of this; 0: none
     hang_minutes: float = 60.0  # end the run, showing where it hangs, when a step takes longer than this; 0: never
+    trackers: tuple[str, ...] = ()  # show the run there as well: tensorboard, trackio, wandb (each to be installed)
     max_spike: float = 0.0  # when a loss is so many nats above its recent median: undo, skip what led there; 0: never
 
     def validate(self) -> None:
@@ -236,6 +238,8 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(0 <= value <= 1, f"train.{name} is {value}; use a share between 0 and 1")
         _require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; use a number from 0 to 4294967295")
+        for name in self.trackers:
+            _require(name in TRACKERS, f"train.trackers has no {name!r}; {_suggest(name, TRACKERS)}")
         _require(
             self.optimizer != "adamw" or self.lr <= 0.01,
             f"train.lr {self.lr} is a rate for Muon; with train.optimizer adamw try 6e-4 (at most 0.01)",

@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import complain
 from files import whole_file
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,13 @@ def without_nan(value: Any) -> Any:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each step's once.
+    """metrics.jsonl: one JSON object a line, each step's once; and what trackers of accelerate show of it.
 
     Opened at `step` after a resume, it drops what a lost continuation had written beyond that step.
     """
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    def __init__(self, path: Path, step: int, trackers: Sequence[GeneralTracker] = ()):
+        self.path, self.trackers = path, list(trackers)
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
         with whole_file(path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -145,6 +149,25 @@ class MetricsFile:
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in [*self.trackers] if kind in ("train", "validation") else []:
+            try:
+                tracker.log(_flat(values, kind), step=step)
+            except Exception as error:  # a network, a service, a disk of others: the run goes on
+                complain(f"warning: {tracker.name} shows no more of this run: {error}")
+                self.trackers.remove(tracker)
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, float | str]:
+    """{"datasets": {"all": {"loss": 1.0}}} -> {"validation/datasets/all/loss": 1.0}, as trackers want it."""
+    found: dict[str, float | str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}/{key}")
+        elif isinstance(value, list):
+            found[f"{prefix}/{key}"] = "\n\n".join(value)
+        else:
+            found[f"{prefix}/{key}"] = value
+    return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

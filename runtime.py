@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -32,7 +33,7 @@ from config import PRESETS, Config, TrainingConfig
 from errors import ConfigError, explain
 from files import write_json
 from hardware import AUTOCAST_DTYPES
-from metrics import Score, rows_to_score, score_rows, without_nan
+from metrics import Score, read_metrics, rows_to_score, score_rows, without_nan
 from model import GPT
 from prepare_data import Batch, DatasetPrep, too_often
 
@@ -87,6 +88,32 @@ def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelera
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = fsdp
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: Config, step: int) -> list[GeneralTracker]:
+    """Those of train.trackers, started: a run that goes on at `step` goes on there too. Ended by end_training().
+
+    Raises ConfigError for one that is not installed or does not start. accelerate's own init_trackers leaves such out
+    silently, and knows no names of runs.
+    """
+    run_dir, name = Path(config.train.out_dir).expanduser() / config.train.run_name, config.train.run_name
+    settings = {"name": name, "config": config.to_dict(), "resume": "allow"}
+    began = next(r["time"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "start")
+    run_id = f"{name}-{began:.0f}"  # a new run of an old name is another
+    make: dict[str, Callable[[], GeneralTracker]] = {
+        "tensorboard": lambda: TensorBoardTracker("tensorboard", run_dir, purge_step=step + 1 if step else None),
+        "trackio": lambda: TrackioTracker("basicgpt", **settings | {"name": run_id}),
+        "wandb": lambda: WandBTracker("basicgpt", **settings, id=run_id, dir=run_dir),
+    }
+    for kind in config.train.trackers:
+        try:
+            accelerator.trackers.append(make[kind]())
+            accelerator.trackers[-1].start()
+        except ImportError:
+            raise ConfigError(f"train.trackers has {kind}, which is not installed: pip install {kind}") from None
+        except Exception as error:  # whatever it raises where, for instance, nobody has logged in
+            raise ConfigError(f"train.trackers: {kind} does not start: {error}") from None
+    return accelerator.trackers
 
 
 def newest_for_all(accelerator: Accelerator, run_dir: Path) -> Checkpoint | None:

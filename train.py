@@ -30,19 +30,19 @@ STOPPED = 75  # exit code: a signal came, everything is saved, run again with --
 class TrainConfig(Config):
     plan: bool = False  # train nothing: say what the run would take, from a few measured steps or from --gpu
     gpu: str = ""  # with plan: a GPU that is not here, such as H100
-    mfu: float = 0.4  # with gpu: the share of its peak that training is assumed to reach
+    mfu: float = 0.0  # with gpu: the share of its peak that training is assumed to reach, such as 0.4
     price_per_hour: float = 0.0  # with plan: of the whole machine
     check: bool = False  # train nothing: rehearse data, a step, save, resume, generation and evaluation in small
 
     def validate(self, world_size: int = 1) -> Self:
-        if not 0 < self.mfu <= 1:
+        if not 0 <= self.mfu <= 1:
             raise ConfigError(f"mfu is {self.mfu}; use a share above 0 and at most 1, such as 0.4")
         if not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"price_per_hour is {self.price_per_hour}; use 0 or a positive number")
         if (self.gpu or self.price_per_hour) and not self.plan:
             raise ConfigError("gpu and price_per_hour are for --plan; add it, or leave them out")
-        if self.mfu != 0.4 and not self.gpu:
-            raise ConfigError("mfu is for a --gpu that is not here; name it, or leave mfu out")
+        if bool(self.mfu) != bool(self.gpu):
+            raise ConfigError("gpu and mfu go together, such as --gpu H100 --mfu 0.4; give both, or neither")
         return super().validate(world_size)
 
 
@@ -125,6 +125,7 @@ def train(config: Config) -> int:
         often_repeated,
         runs_out_of_memory,
         start_processes,
+        start_trackers,
         to_device,
         validation_scores,
     )
@@ -293,15 +294,16 @@ def train(config: Config) -> int:
         if log:
             log.write(kind, step, tokens=tokens_seen, **values)
 
-    if is_main:
-        record(
-            "start", seconds=seconds_trained, total_steps=total_steps, world_size=world_size,
-            device=describe(device), precision=precision, parameters=n_parameters, commit=code_version(),
-        )  # fmt: skip
+    record(
+        "start", seconds=seconds_trained, total_steps=total_steps, world_size=world_size, device=describe(device),
+        precision=precision, parameters=n_parameters, commit=code_version() if is_main else None,
+    )  # fmt: skip
+    if log:
+        log.trackers = start_trackers(accelerator, config, step)
 
     @torch.compiler.set_stance("force_eager")  # its other shapes, and those of the sample, are not worth compiling
     def validate() -> float:
-        """Mean held-out loss over all datasets; logs each dataset's, draws loss.png and a sample."""
+        """Mean held-out loss over all datasets; logs each dataset's and what is written after each prompt."""
         with accelerator.autocast():
             scores = validation_scores(accelerator, model, held_out, token_byte_length, config.eval.batch_size)
         for name, s in scores.items() if len(held_out) > 1 else [*scores.items()][:1]:
@@ -311,15 +313,15 @@ def train(config: Config) -> int:
             )
         mix = data.mix()
         say(f"  mix so far   {', '.join(f'{name} {share:.2%}' for name, share in mix.items())}")
-        finite, sample = math.isfinite(scores["all"]["loss"]), None
+        finite, samples = math.isfinite(scores["all"]["loss"]), []
         if finite and (is_main or c.fsdp):  # a divided model runs in all processes; the same seed gives them one text
             settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
             with accelerator.autocast():
                 decode = by_module(model) if c.fsdp else None
-                text = generate_text(model, config.eval.prompts[0], tokenizer, settings, decode)[0]
-            sample = f"{config.eval.prompts[0]}{text}"
-            say(f"  sample       {' '.join(sample.split())[:84]}")
-        record("validation", datasets=scores, mix=mix, sample=sample, seconds=seconds_trained)
+                for prompt in config.eval.prompts:
+                    samples += [prompt + generate_text(model, prompt, tokenizer, settings, decode)[0]]
+                    say(f"  sample       {' '.join(samples[-1].split())[:84]}")
+        record("validation", datasets=scores, mix=mix, samples=samples, seconds=seconds_trained)
         if not finite:
             raise NonFiniteError(
                 f"the held-out loss is {scores['all']['loss']} at step {step}, which is not saved. Continue from "
@@ -428,8 +430,8 @@ def train(config: Config) -> int:
             progress.reset(total_steps)
             progress.update(step)
             position, val_loss = data.state_dict(), back.val_loss
-            if is_main:  # without the lines of the steps that are undone
-                log = MetricsFile(run_dir / "metrics.jsonl", step)
+            if log:  # without the lines of the steps that are undone
+                log = MetricsFile(run_dir / "metrics.jsonl", step, log.trackers)
             record("undone", loss=loss, usual_loss=usual_loss, seconds=seconds_trained)
             accelerator.wait_for_everyone()  # until all have read it
             save()  # so that a resume leaves these documents out as well
@@ -460,7 +462,7 @@ def train(config: Config) -> int:
             meter.add(n_targets, seconds, data.seconds_waited - waited)
         progress.update()
         is_end = step == c.max_steps
-        if step % c.log_every == 0 or step == first_step + 1 or is_end:
+        if step % c.log_every == 0 or step in (first_step + 1, first_step + 4) or is_end:  # the fourth has an eta
             values = {"loss": loss, "lr": c.lr * factor, "grad_norm": grad_norm, **meter.read()}
             if peak:  # the share of all devices' peak that the model's own products had
                 values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world_size)

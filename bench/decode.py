@@ -2,16 +2,20 @@
 
 A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: speed does not depend on them) writes
 greedily behind a prompt of 16 tokens: ours in bf16 and with weights in int8, transformers' GPT2LMHeadModel.generate in
-bf16 and fp32. The demo's size does so as well. They take turns in one process. The bound is what the memory delivers:
-bytes of the bf16 weights that a token needs over the speed at which this machine reads memory, measured in the same
-rounds. Writes results/bench/decode.json.
+bf16 and fp32, and, where llama-cpp-python is installed, ours in llama.cpp in f16 and q8_0. The demo's size does so as
+well, but for llama.cpp. They take turns in one process. The bound is what the memory delivers: bytes of the bf16
+weights that a token needs over the speed at which this machine reads memory, measured in the same rounds. Writes
+results/bench/decode.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +29,9 @@ from bench.context import context
 from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import DecodeStep
+from export import write_gguf
 from files import write_json
+from interop import to_hub_weights
 from model import GPT
 from sampling import generate_ids
 from tokenizer import Tokenizer, load_tiktoken
@@ -69,6 +75,25 @@ def theirs(shape: GPTConfig, n_vocab: int, tokens: int, dtype: torch.dtype) -> C
     return decode
 
 
+def llama_cpp(shape: GPTConfig, tokens: int, form: str) -> Callable[[], None]:
+    from llama_cpp import Llama
+
+    torch.manual_seed(0)
+    model, tokenizer = GPT(shape.resolved(50257)), tokenizer_of(50257)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(file, model.config, to_hub_weights(model.state_dict(), model.config), tokenizer, form)
+        llama = Llama(
+            str(file), n_ctx=shape.max_length, n_threads=torch.get_num_threads(), use_mmap=False, verbose=False
+        )
+
+    def decode() -> None:
+        n = sum(1 for _ in itertools.islice(llama.generate([1] * PROMPT, temp=0), tokens))
+        assert n == tokens
+
+    return decode
+
+
 def read_speed() -> float:
     """Bytes per second that the processors read from memory, at best of five readings of a gigabyte."""
     block = torch.ones(2**28)
@@ -94,6 +119,8 @@ def main() -> int:
             "transformers bf16": theirs(shape, n_vocab, tokens, torch.bfloat16),
             "transformers fp32": theirs(shape, n_vocab, tokens, torch.float32),
         }
+        if size == "gpt2" and importlib.util.find_spec("llama_cpp"):
+            contenders |= {f"llama.cpp {form}": llama_cpp(shape, tokens, form) for form in ("f16", "q8_0")}
         counts = GPT(shape.resolved(n_vocab)).parameter_counts()
         head = shape.resolved(n_vocab).vocab_size * shape.d_model
         n_bytes = 2 * (counts["attention"] + counts["mlp"] + head)
@@ -111,7 +138,8 @@ def main() -> int:
         for name, speed in medians.items():
             print(f"  {name:<20}{speed:>8.1f} tokens/s{speed / medians['bound']:>8.1%} of the bound")
         for name in ("ours bf16", "ours int8"):
-            print(f"  {name}: {medians[name] / medians['transformers bf16']:.1f} x transformers bf16")
+            for peer in [p for p in contenders if not p.startswith("ours")]:
+                print(f"  {name}: {medians[name] / medians[peer]:.2f} x {peer}")
         print()
         results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
     out = ROOT / "results" / "bench" / "decode.json"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-OUR_STEPS = (60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 480, 560)
+OUR_STEPS = (30, 40, 50, 60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 480, 560)
 
 
 def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, float]:

@@ -146,7 +146,7 @@ def load_run(folder: Path, label: str) -> Run:
             f"{len(steps):,} logged steps are drawn as {math.ceil(len(steps) / size):,} points: each is the mean of "
             f"{size}, and the band around the line goes from the least to the greatest."
         )
-    samples = [r for r in validations if isinstance(r.get("sample"), str)]
+    samples = [r for r in validations if r.get("samples")]
     kept = samples[:: math.ceil(len(samples) / SAMPLES) or 1]
     if len(kept) < len(samples):
         notes.append(f"{len(kept)} of {len(samples):,} samples are shown, evenly spaced.")

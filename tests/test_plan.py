@@ -73,21 +73,22 @@ def test_a_plan_for_a_gpu_that_is_not_here_follows_from_its_peak(capsys: pytest.
 def test_a_plan_warns_of_what_usually_goes_wrong(
     options: list[str], warning: str, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main(["--preset", "smoke", *runs.command("")[-4:], "--plan", "--gpu", "T4", *options])
+    train.main(["--preset", "smoke", *runs.command("")[-4:], "--plan", "--gpu", "T4", "--mfu", "0.4", *options])
     out = capsys.readouterr().out
     assert any(line.startswith("  ! ") and warning in line for line in out.splitlines()), out
 
 
 def test_a_plan_warns_of_nothing_when_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
-    train.main(["--preset", "gpt2", "--plan", "--gpu", "H100", "--train.max_steps", "40000"])
+    train.main(["--preset", "gpt2", "--plan", "--gpu", "H100", "--mfu", "0.4", "--train.max_steps", "40000"])
     assert "  ! " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--plan", "--gpu", "H1000"], "there is no GPU 'H1000' in the table; choose from"),
+        (["--plan", "--gpu", "H1000", "--mfu", "0.4"], "there is no GPU 'H1000' in the table; choose from"),
         (["--plan", "--gpu", "H100", "--mfu", "40"], "mfu is 40.0; use a share above 0"),
+        (["--plan", "--gpu", "H100"], "gpu and mfu go together, such as --gpu H100 --mfu 0.4"),
         (["--gpu", "H100"], "are for --plan"),
     ],
 )

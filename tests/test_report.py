@@ -46,7 +46,7 @@ def make_run(folder: Path, steps: int, validations: int = 0, sample: str = "It w
             score = {"loss": loss, "loss_se": 0.1, "bits_per_byte": loss / 3, "bits_per_byte_se": 0.03}
             score |= {"tokens": 100, "bytes": 450}
             scores = {"datasets": dict.fromkeys(("A", "B", "all"), score), "mix": {"A": 0.7, "B": 0.3}}
-            records.append(at | {"kind": "validation", "sample": sample} | scores)
+            records.append(at | {"kind": "validation", "samples": [sample]} | scores)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "config.json").write_text(json.dumps(Config().to_dict()))
     if status:

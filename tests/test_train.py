@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hardware import best_dtype
+from metrics import MetricsFile, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32 = ("--train.precision", "fp32")
@@ -78,7 +79,8 @@ def test_a_run_leaves_what_its_help_promises(runs: Runs, whole: str) -> None:
     assert [p.name for p in sorted(folder.glob("step-*"))] == ["step-00000010", "step-00000020"]
     assert "step 20/20 100.0% | loss " in whole
     assert "256 tokens per step" in whole
-    assert all(r["sample"].startswith("The people of") for r in runs.records("whole") if r["kind"] == "validation")
+    for record in (r for r in runs.records("whole") if r["kind"] == "validation"):
+        assert [text[:6] for text in record["samples"]] == ["The pe", "In the", "The ci"]
 
 
 def test_the_loss_falls(runs: Runs, whole: str) -> None:
@@ -371,3 +373,48 @@ def test_a_torn_file_in_the_cache_is_made_again(runs: Runs, whole: str, tmp_path
             file.write_bytes(file.read_bytes()[:100])
     runs("torn", *options)
     assert weights(runs.checkpoint("torn", 2)) == weights(runs.checkpoint("cache", 2))
+
+
+# ---- trackers -------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_the_losses_and_samples_of_a_run_and_each_step_once_after_a_resume(runs: Runs) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("--train.trackers", "tensorboard", "--train.log_every", "1")
+    process = runs.start("tracked", *options)
+    assert process.stdout is not None
+    while "saved" not in process.stdout.readline():
+        pass
+    process.kill()
+    process.communicate()
+    runs("tracked", *options, "--resume")
+    shown = EventAccumulator(str(runs.folder / "tracked" / "tensorboard"))
+    shown.Reload()
+    points = [(event.step, pytest.approx(event.value)) for event in shown.Scalars("train/loss")]
+    assert points == [(r["step"], r["loss"]) for r in runs.records("tracked") if r["kind"] == "train"]
+    assert [event.step for event in shown.Scalars("validation/datasets/all/bits_per_byte")] == [10, 20]
+    (text, *_) = shown.Tensors("validation/samples/text_summary")
+    assert text.tensor_proto.string_val[0].decode().startswith("The people of")
+
+
+def test_a_tracker_that_is_not_installed_ends_the_run_before_the_first_step(runs: Runs) -> None:
+    _, err = runs("untracked", "--train.trackers", "wandb", code=2)
+    assert err.splitlines()[-1] == "error: train.trackers has wandb, which is not installed: pip install wandb"
+
+
+def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing:
+        name = "elsewhere"
+
+        def log(self, values: dict, step: int) -> None:
+            raise ConnectionError("no route")
+
+    log = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    log.trackers = [Failing()]  # type: ignore[list-item]
+    for step in (1, 2):
+        log.write("train", step, loss=1.0)
+    assert capsys.readouterr().err == "warning: elsewhere shows no more of this run: no route\n"
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
