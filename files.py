@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,7 +78,7 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     lock = (folder / ".lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:  # any other error: a disk that has no locks
         lock.seek(0)
         owner = lock.read().strip() or "?"
         raise ConfigError(f"{folder} is in use by process {owner}; stop it or {remedy}") from None
@@ -87,6 +87,16 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def check_lock(lock: IO[str]) -> None:
+    """Raises ConfigError when a lock_folder's folder was removed, and another process has one in its place."""
+    path = Path(lock.name)
+    with suppress(FileNotFoundError):  # nobody else is there
+        if not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            raise ConfigError(
+                f"{path.parent} was removed, and process {path.read_text() or '?'} has begun another there"
+            )
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:

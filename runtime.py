@@ -166,28 +166,36 @@ def name_suspects(
     batch: Batch,
     data: DatasetPrep,
     token_byte_length: torch.Tensor,
-    batch_size: int,
 ) -> str:
     """Score each row of a step that is not finite, write all to non-finite.json, and name the worst in a sentence."""
     model.zero_grad(set_to_none=True)  # their memory is needed, and they are of no use
     rows = np.concatenate([batch.inputs, batch.targets[:, -1:].clip(min=0)], axis=1)
-    batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
-    with accelerator.autocast():
-        score = score_rows(model, rows, token_byte_length, batch_size)
+    losses: list[float | None] = [None] * len(rows)
+    try:
+        with accelerator.autocast():
+            score = score_rows(model, rows, token_byte_length, batch_size=1)
+        losses = (score.nats / score.tokens).tolist()
+    except (RuntimeError, MemoryError) as error:
+        # Logits of a whole row, which training never holds, are too many where it fits barely. What ends the run is
+        # the step that is not finite.
+        if explain(error) is None:
+            raise
     names = [data.config.current_datasets[i] for i in batch.sources]
-    losses = (score.nats / score.tokens).tolist()
     texts = [data.tokenizer.decode(row.tolist()) for row in rows]
-    table = [
+    table = gather_object([
         {"dataset": name, "loss": loss, "process": accelerator.process_index, "text": text}
         for name, loss, text in zip(names, losses, texts, strict=True)
-    ]
-    table = sorted(gather_object(table), key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
+    ])  # fmt: skip
+    path, scored = run_dir / "non-finite.json", all(row["loss"] is not None for row in table)
+    if scored:
+        table.sort(key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
     if accelerator.is_main_process:
-        path = run_dir / "non-finite.json"
         write_json(path, without_nan({"step": step, "rows": table}))
+    if not scored:
+        return f"Its {len(table)} rows could not be scored one by one: too little memory (all in {path})"
     n_broken = sum(not math.isfinite(row["loss"]) for row in table)
     which = f"{n_broken} of its {len(table)} rows, first" if n_broken else "no row by itself; the worst"
-    return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {run_dir / 'non-finite.json'})"
+    return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {path})"
 
 
 def often_repeated(data: DatasetPrep, tokens: int) -> list[str]:

@@ -102,7 +102,7 @@ def train(config: Config) -> int:
         save_checkpoint,
         write_status,
     )
-    from files import write_json
+    from files import check_lock, write_json
     from hardware import (
         allow_tf32,
         choose_precision,
@@ -290,7 +290,8 @@ def train(config: Config) -> int:
     log = MetricsFile(run_dir / "metrics.jsonl", step) if is_main else None
 
     def record(kind: str, **values: Any) -> None:
-        if log:
+        if log and lock:
+            check_lock(lock)
             log.write(kind, step, tokens=tokens_seen, **values)
 
     if is_main:
@@ -334,7 +335,8 @@ def train(config: Config) -> int:
         started = time.perf_counter()
         positions = gather_object([position])
         tensors = gather_tensors(model, optimizers, keep=is_main)
-        if is_main:
+        if lock:
+            check_lock(lock)
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
                 "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
@@ -435,9 +437,7 @@ def train(config: Config) -> int:
             save()  # so that a resume leaves these documents out as well
             continue
         if broken:
-            suspects = name_suspects(
-                run_dir, step + 1, accelerator, model, batch, data, token_byte_length, c.batch_size
-            )
+            suspects = name_suspects(run_dir, step + 1, accelerator, model, batch, data, token_byte_length)
             raise NonFiniteError(
                 f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
                 f"{suspects}. Continue from the last checkpoint with --resume, skip such documents with "
@@ -478,7 +478,8 @@ def train(config: Config) -> int:
     progress.close()
     watch()
     if saved_step < step:  # stopped by a signal, or by the end of the last epoch
-        val_loss = validate() if outcome == "complete" else None
+        if outcome == "complete" and val_loss is None:
+            val_loss = validate()
         save()
     if is_main:
         write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)

@@ -50,15 +50,29 @@ trap 'stops=$((stops + 1))' INT TERM
 trap 'note "line $LINENO failed: $BASH_COMMAND"' ERR
 code=75 failures=0 pause=$first_pause highest=$(newest_step)
 while ((stops == 0)); do
+  if [[ $(cat "$lock" 2>/dev/null) != "$$" ]]; then # before it ends the processes of the run that may have begun there
+    note "the run's folder was removed under it: not starting it again" && exit 6
+  fi
   # What outlived its launcher, or another supervisor, would keep the run's folder and the GPUs' memory to itself.
-  while [[ $(run_processes) && $stops == 0 ]]; do kill_run && sleep 1; done
+  tries=0
+  while [[ $(run_processes) && $stops == 0 ]]; do
+    kill_run && sleep 1
+    if ((++tries == 10)); then
+      note "process $(run_processes | paste -s -d ' ' -) is killed and does not end, as one that waits for a broken driver: restart the machine, or rent another; until it ends, the run waits"
+    fi
+  done
+  before=$(status)
+  if ((stops)); then break; fi # while it waited; nothing was started
+  code=0
   note "starting: $*"
-  code=0 before=$(status)
   run_child stop_run env "SUPERVISED_BY=$lock" "$@" || code=$?
   # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
   if [[ $(status) != "$before" ]]; then
     code=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p' | grep . || say "$code")
   fi
+  # On a full disk there is no room for status.json either.
+  if ((code == 1)) && ! { say full >"$run/.tmp-room"; } 2>/dev/null; then code=6; fi
+  rm -f "$run/.tmp-room"
   case $code in
     0) finish "the run is complete" ;;
     75) finish "the run was stopped; everything is saved" ;;

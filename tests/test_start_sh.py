@@ -636,6 +636,21 @@ def test_what_a_killed_supervisor_leaves_behind_is_ended_before_the_run_starts_a
     assert repo.ran == ["python train.py --resume", "python train.py --resume", "TERM"]
 
 
+def test_a_run_whose_folder_was_removed_is_not_started_again_beside_the_one_that_has_begun_there(repo: Repo) -> None:
+    repo.gpus("NVIDIA L4")
+    repo.env |= {"FAKE_TRAIN_WAITS": "1", "RESTART_PAUSE": "1"}
+    first = Terminal(repo)
+    first.see("\ntraining\n")
+    shutil.rmtree(repo.path / "checkpoints/fineweb")
+    second = Terminal(repo)  # ends the processes of the first, which has the same folder
+    second.see("\ntraining\n")
+    first.see("the run's folder was removed under it")
+    assert (first.process.wait(20), len(repo.ran)) == (137, 2)
+    second.press_ctrl_c()
+    second.see("Stopped, and everything is saved")
+    assert repo.ran[2:] == ["TERM"]
+
+
 @pytest.fixture
 def hasty(repo: Repo) -> Repo:
     """A machine with a GPU, on which sleeping takes no time, and is written down."""
@@ -667,6 +682,58 @@ def test_a_full_disk_is_waited_for_with_pauses_up_to_ten_minutes(hasty: Repo) ->
     hasty.env["FAKE_ATTEMPTS"] = "0/-/6 " * 8 + "0/-/0"
     assert hasty.start().returncode == 0
     assert hasty.pauses == ["10", "20", "40", "80", "160", "320", "600", "600"]
+
+
+def test_a_full_disk_is_waited_for_although_the_launcher_says_1_and_no_status_can_be_written(hasty: Repo) -> None:
+    hasty.gpus(*["NVIDIA L4"] * 8)
+    run = hasty.path / "checkpoints/fineweb"
+    run.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        for name in (".start.lock", "start.log"):  # a block each, as a run has that was there before the disk was full
+            (run / name).write_text("x\n")
+        with contextlib.suppress(OSError), (run / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        hasty.env["FAKE_ATTEMPTS"] = "0/-/1"
+        terminal = Terminal(hasty)
+        wait_until(lambda: len(hasty.pauses) > 8)
+        (run / "ballast").unlink()
+        terminal.see("died 5 times in a row without a new checkpoint, now with exit code 1\n")
+        assert terminal.process.wait(10) == 1
+    finally:
+        kill_all(f"FAKE_LOG={hasty.env['FAKE_LOG']}")
+        subprocess.run(["umount", str(run)], check=True)
+
+
+UNKILLABLE = """#!/usr/bin/env bash
+# None can be made here that is stuck in the driver. One that no signal reaches is found until the file is there.
+if [[ $1 == -lsxzF && ! -e $FAKE_LOG.over ]]; then echo /proc/99999999/environ; else exec {grep} "$@"; fi
+"""
+
+
+def test_a_process_that_no_kill_ends_is_named_once_with_a_remedy_and_the_run_waits_for_its_end(hasty: Repo) -> None:
+    hasty.fake("grep", UNKILLABLE.format(grep=shutil.which("grep")))
+    terminal = Terminal(hasty)
+    terminal.see("process 99999999 is killed and does not end")
+    wait_until(lambda: len(hasty.pauses) > 30)
+    assert hasty.log().count("\n") == 1
+    assert "restart the machine" in hasty.log()
+    assert hasty.ran == []
+    Path(hasty.env["FAKE_LOG"] + ".over").touch()
+    terminal.see("the run is complete")
+    assert hasty.ran == ["python train.py --resume"]
+
+
+def test_ctrl_c_while_a_run_waits_for_such_a_process_starts_nothing(hasty: Repo) -> None:
+    hasty.fake("grep", UNKILLABLE.format(grep=shutil.which("grep")))
+    terminal = Terminal(hasty)
+    terminal.see("does not end")
+    terminal.press_ctrl_c()
+    assert "Stopped, and everything is saved" in terminal.see()
+    assert (terminal.process.wait(10), hasty.ran) == (75, [])
 
 
 def test_a_run_that_dies_when_it_is_saved_and_done_counts_as_it_says(hasty: Repo) -> None:
