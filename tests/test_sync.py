@@ -207,6 +207,20 @@ def test_a_run_that_the_box_has_at_an_earlier_step_goes_on_when_it_has_passed_ou
     assert (box.sync().returncode, box.here()) == (0, [5, 10, 11])
 
 
+def test_a_run_that_is_a_link_to_a_larger_disk_is_copied_like_any_other(box: Box) -> None:
+    for step in range(1, 5):
+        box.save(step)
+    (box.folder / "run").rename(box.tmp / "larger")
+    (box.folder / "run").symlink_to(box.tmp / "larger")
+    (box.tmp / "larger here").mkdir()
+    box.local.mkdir()
+    (box.local / "run").symlink_to(box.tmp / "larger here")
+    result = box.sync("--delete")
+    assert (result.stderr, result.returncode, counts(result)) == ("", 0, (4, 4, 2, 0))
+    assert (box.here(), box.there(), (box.local / "run").is_symlink()) == ([1, 2, 3, 4], [3, 4], True)
+    assert (box.tmp / "larger here/metrics.jsonl").exists()
+
+
 def test_names_that_a_shell_would_mind_reach_none(box: Box) -> None:
     saved = box.save(1)
     names = ["a b", "-rf", "$(touch pwned)", "`touch pwned`", "x;touch pwned", "line\nline", "*", "ü"]
