@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,11 +92,9 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
 def check_lock(lock: IO[str]) -> None:
     """Raises ConfigError when a lock_folder's folder was removed, and another process has one in its place."""
     path = Path(lock.name)
-    with suppress(FileNotFoundError):  # nobody else is there
-        if not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-            raise ConfigError(
-                f"{path.parent} was removed, and process {path.read_text() or '?'} has begun another there"
-            )
+    owner = path.read_text() if path.exists() else ""
+    if owner not in ("", str(os.getpid())):
+        raise ConfigError(f"{path.parent} was removed, and process {owner} has begun another there")
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
