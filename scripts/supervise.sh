@@ -22,6 +22,11 @@ finish() {
   exit "$code"
 }
 
+# Ends this script when the run's folder was removed; another run may have begun there, with a supervisor of its own.
+check_folder() {
+  if [[ $(cat "$lock" 2>/dev/null) != "$$" ]]; then note "the run's folder was removed: not starting it again" && exit 6; fi
+}
+
 status() { cat "$run/status.json" 2>/dev/null || true; }
 newest_step() { find "$run" -maxdepth 1 -name 'step-*' | sort | sed -n '$s/.*step-0*//p'; }
 
@@ -50,9 +55,7 @@ trap 'stops=$((stops + 1))' INT TERM
 trap 'note "line $LINENO failed: $BASH_COMMAND"' ERR
 code=75 failures=0 pause=$first_pause highest=$(newest_step)
 while ((stops == 0)); do
-  if [[ $(cat "$lock" 2>/dev/null) != "$$" ]]; then # before it ends the processes of the run that may have begun there
-    note "the run's folder was removed under it: not starting it again" && exit 6
-  fi
+  check_folder
   # What outlived its launcher, or another supervisor, would keep the run's folder and the GPUs' memory to itself.
   tries=0
   while [[ $(run_processes) && $stops == 0 ]]; do
@@ -66,6 +69,7 @@ while ((stops == 0)); do
   code=0
   note "starting: $*"
   run_child stop_run env "SUPERVISED_BY=$lock" "$@" || code=$?
+  check_folder
   # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
   if [[ $(status) != "$before" ]]; then
     code=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p' | grep . || say "$code")

@@ -644,7 +644,7 @@ def test_a_run_whose_folder_was_removed_is_not_started_again_beside_the_one_that
     shutil.rmtree(repo.path / "checkpoints/fineweb")
     second = Terminal(repo)  # ends the processes of the first, which has the same folder
     second.see("\ntraining\n")
-    first.see("the run's folder was removed under it")
+    first.see("the run's folder was removed: not starting it again")
     assert (first.process.wait(20), len(repo.ran)) == (137, 2)
     second.press_ctrl_c()
     second.see("Stopped, and everything is saved")
