@@ -213,7 +213,7 @@ follow() {
   say "Log: $log. Ctrl-C saves and stops the run; it outlives this terminal, and $again shows it again."
   run_child to_supervisor tail "$@" -f -s 0.5 --pid="$supervisor" "$log" || true
   if kill -0 "$supervisor" 2>/dev/null; then exit 141; fi # it was tail that ended: its reader has gone
-  read -r _ code <"$lock" || true
+  { read -r _ code <"$lock"; } 2>/dev/null || true
   [[ $code ]] || die 137 "the run's supervisor was killed, perhaps not the run: $again ends what is left and goes on"
   explain_end "$code"
   exit "$code"
