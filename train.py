@@ -159,6 +159,7 @@ def train(config: Config) -> int:
             f"or choose another --train.run_name"
         )
     if is_main:
+        write_status(run_dir, "running", newest.step if newest else 0)
         for line in put_damaged_aside(run_dir):
             complain(line)
     newest = newest_for_all(accelerator, run_dir)
@@ -168,8 +169,6 @@ def train(config: Config) -> int:
             f"{run_dir} is at step {state['step']} of {state['total_steps']} already, beyond train.max_steps "
             f"{c.max_steps}; repeat the options of the run: --train.max_steps {state['total_steps']}"
         )
-    if is_main:
-        write_status(run_dir, "running", newest.step if newest else 0)
     saved_tokenizer = load_tokenizer(newest.path) if newest else None
     if config.init_from:  # only now it is known whether the run has weights of its own
         if newest:

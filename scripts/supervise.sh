@@ -85,14 +85,15 @@ while ((stops == 0)); do
   if ((stops)); then break; fi
   # After a new checkpoint what was refused is worth a second start: memory that another program took, a damaged file.
   # Data (3) that was there at the last checkpoint may come back, as a hub does after an outage.
-  if [[ $code == [2-5] ]] && ((step == highest)) && [[ $code != 3 || ! $step ]]; then
+  if [[ $code == [2-5] ]] && ((step <= highest)) && [[ $code != 3 || ! $step ]]; then
     finish "the run ended with exit code $code, as said above; starting it again would not help"
   fi
   if ((step > highest)); then
-    failures=0 pause=$first_pause highest=$step
+    failures=0 pause=$first_pause
   elif ((code != 6 && code != 3)); then
     ((++failures))
   fi
+  highest=$step # lower than before when the newest was damaged
   ((failures < 5)) || finish "the run died 5 times in a row without a new checkpoint, now with exit code $code"
   note "the run died with exit code $code; newest checkpoint: ${step:-none}; starting it again in $pause s"
   run_child stop_run sleep "$pause" || true

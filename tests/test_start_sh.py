@@ -34,7 +34,7 @@ SAMPLE = "generate.py checkpoints/demo --prompt The people of the United States 
 LAUNCH = "launch --multi_gpu --num_processes 8 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 # A training: waits for signals, or at its n-th start does as the n-th word of FAKE_ATTEMPTS says (the last is
-# repeated): reaches a checkpoint / leaves this code in status.json (-: none) / ends with this code, or by SIGKILL.
+# repeated): reaches a checkpoint (-1: finds all damaged) / leaves this code in status.json (-: none) / ends with this code, or by SIGKILL.
 FAKE_TRAINING = r"""
 if [[ ${FAKE_TRAIN_WAITS:-} ]]; then
   if [[ $FAKE_TRAIN_WAITS == deaf ]]; then end=''; else end='exit 75'; fi
@@ -46,7 +46,7 @@ words=(${FAKE_ATTEMPTS:-0/-/${FAKE_TRAIN_EXIT:-0}})
 n=$(grep -c train.py "$FAKE_LOG")
 IFS=/ read -r step status end <<< "${words[n - 1]:-${words[${#words[@]} - 1]}}"
 run=checkpoints/fineweb
-if ((step)); then mkdir -p "$run/step-$(printf %08d "$step")"; fi
+if ((step < 0)); then rm -r "$run"/step-*; elif ((step)); then mkdir -p "$run/step-$(printf %08d "$step")"; fi
 if [[ $status != - ]]; then
   printf '{\n "time": %s,\n "exit_code": %s,\n "error": "x"\n}\n' "$n" "$status" > $run/status.json
 fi
@@ -745,6 +745,12 @@ def test_a_run_that_dies_when_it_is_saved_and_done_counts_as_it_says(hasty: Repo
     assert hasty.start().returncode == 75
     hasty.env["FAKE_ATTEMPTS"] = "300/0/139"
     assert hasty.start().returncode == 0
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(hasty: Repo) -> None:
+    hasty.env["FAKE_ATTEMPTS"] = "300/-/1 -1/-/4"
+    assert hasty.start().returncode == 4
+    assert len(hasty.ran) == 2
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 75])
