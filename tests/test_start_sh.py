@@ -34,7 +34,8 @@ SAMPLE = "generate.py checkpoints/demo --prompt The people of the United States 
 LAUNCH = "launch --multi_gpu --num_processes 8 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 # A training: waits for signals, or at its n-th start does as the n-th word of FAKE_ATTEMPTS says (the last is
-# repeated): reaches a checkpoint (-1: finds all damaged) / leaves this code in status.json (-: none) / ends with this code, or by SIGKILL.
+# repeated): reaches a checkpoint (-1: all are damaged) / leaves this code in status.json (-: none) / ends with this
+# code, or by SIGKILL.
 FAKE_TRAINING = r"""
 if [[ ${FAKE_TRAIN_WAITS:-} ]]; then
   if [[ $FAKE_TRAIN_WAITS == deaf ]]; then end=''; else end='exit 75'; fi
@@ -46,7 +47,8 @@ words=(${FAKE_ATTEMPTS:-0/-/${FAKE_TRAIN_EXIT:-0}})
 n=$(grep -c train.py "$FAKE_LOG")
 IFS=/ read -r step status end <<< "${words[n - 1]:-${words[${#words[@]} - 1]}}"
 run=checkpoints/fineweb
-if ((step < 0)); then rm -r "$run"/step-*; elif ((step)); then mkdir -p "$run/step-$(printf %08d "$step")"; fi
+if ((step < 0)); then rm -r $run/step-*; fi
+if ((step > 0)); then mkdir -p "$run/step-$(printf %08d "$step")"; fi
 if [[ $status != - ]]; then
   printf '{\n "time": %s,\n "exit_code": %s,\n "error": "x"\n}\n' "$n" "$status" > $run/status.json
 fi
