@@ -66,6 +66,7 @@ read_train_options() {
       __preset) preset=$value ;;
       __train.run_name) run_name=$value ;;
       __train.out_dir) out_dir=${value/#\~\//$HOME/} ;;
+      __help | _h | __plan | __check) die 2 "$option starts no run; ask train.py itself: python train.py $option" ;;
     esac
   done
 }

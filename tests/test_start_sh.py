@@ -252,6 +252,15 @@ def test_an_unknown_option_exits_2_with_a_suggestion(repo: Repo, typed: str, hin
     assert repo.ran == []
 
 
+@pytest.mark.parametrize("option", ["--help", "-h", "--plan", "--check"])
+def test_an_option_of_train_that_starts_no_run_is_refused_before_anything_is_made(repo: Repo, option: str) -> None:
+    repo.gpus("NVIDIA L4")
+    result = repo.start("--", "--preset", "gpt2", option)
+    assert (result.returncode, result.stdout, repo.ran) == (2, "", [])
+    assert result.stderr == f"error: {option} starts no run; ask train.py itself: python train.py {option}\n"
+    assert not (repo.path / "checkpoints").exists()
+
+
 def test_without_a_gpu_it_trains_the_demo_and_samples_from_it(repo: Repo) -> None:
     result = repo.start()
     assert result.returncode == 0, result.stderr
