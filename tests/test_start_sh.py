@@ -714,7 +714,7 @@ def test_a_full_disk_is_waited_for_although_the_launcher_says_1_and_no_status_ca
                 file.write(bytes(4096))
         hasty.env["FAKE_ATTEMPTS"] = "0/-/1"
         terminal = Terminal(hasty)
-        wait_until(lambda: len(hasty.pauses) > 8)
+        wait_until(lambda: len(hasty.ran) > 8, 30)
         (run / "ballast").unlink()
         terminal.see("died 5 times in a row without a new checkpoint, now with exit code 1\n")
         assert terminal.process.wait(10) == 1
