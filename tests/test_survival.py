@@ -101,7 +101,8 @@ def test_metrics_that_cannot_be_written_name_their_file_and_leave_whole_lines(tm
     log, limit = MetricsFile(path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, limit[1]))
     try:
-        log.write("train", 0), log.write("train", 1)
+        log.write("train", 0)
+        log.write("train", 1)
         with pytest.raises(OSError, match="File too large") as error:
             log.write("train", 2)
     finally:
