@@ -201,10 +201,11 @@ def _remove_old(run_dir: Path, keep: int, every: int) -> None:
     best = min(measured, key=lambda c: (c.val_loss, -c.step), default=None)
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best and (every == 0 or checkpoint.step % every):
-            doomed = run_dir / f"{PARTIAL}old-{checkpoint.path.name}"  # half removed is never mistaken for complete
-            with contextlib.suppress(FileNotFoundError):  # sync_checkpoints.sh --delete was faster
-                checkpoint.path.rename(doomed)
-                shutil.rmtree(doomed)
+            # Half removed is never mistaken for complete.
+            with contextlib.suppress(OSError):  # as when sync_checkpoints.sh --delete was faster
+                checkpoint.path.rename(run_dir / f"{PARTIAL}old-{checkpoint.path.name}")
+    for doomed in run_dir.glob(f"{PARTIAL}old-*"):  # NFS does not remove what somebody reads: then the next save does
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

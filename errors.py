@@ -91,6 +91,7 @@ _TOO_LARGE = "DefaultCPUAllocator", "Storage size calculation overflowed", "arra
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.ELOOP,
+    errno.ESTALE, errno.EBUSY, errno.ENOTEMPTY, errno.ENOLCK,
 }  # fmt: skip
 
 

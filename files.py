@@ -78,7 +78,7 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     lock = (folder / ".lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:  # any other error: a disk that has no locks
         lock.seek(0)
         owner = lock.read().strip() or "?"
         raise ConfigError(f"{folder} is in use by process {owner}; stop it or {remedy}") from None
@@ -87,6 +87,14 @@ def lock_folder(folder: Path, remedy: str) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def check_lock(lock: IO[str]) -> None:
+    """Raises ConfigError when a lock_folder's folder was removed, and another process has one in its place."""
+    path = Path(lock.name)
+    owner = path.read_text() if path.exists() else ""
+    if owner not in ("", str(os.getpid())):
+        raise ConfigError(f"{path.parent} was removed, and process {owner} has begun another there")
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:

@@ -142,13 +142,16 @@ class MetricsFile:
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
         with whole_file(path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._file = path.open("a")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append {"kind", "step", "time" (seconds since the epoch), ...} and hand it to the system at once."""
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            with self.path.open("a") as file:  # each time: whoever removes the file loses no line that is to come
+                file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         for tracker in [*self.trackers] if kind in ("train", "validation") else []:
             try:
                 tracker.log(_flat(values, kind), step=step)

@@ -21,7 +21,7 @@ from config import DATASETS, Config
 from errors import ConfigError
 from files import PARTIAL
 from hardware import PEAK_TFLOPS, choose_precision, default_device, describe, why_not_compile
-from memory import training_memory, usable_memory
+from memory import fitting_batch_size, training_memory, usable_memory
 from metrics import duration, read_metrics
 from model import GPT
 from prepare_data import DatasetPrep, planned_tokens, too_often
@@ -54,7 +54,6 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     with torch.device("meta"):
         model = GPT(config.model.resolved(config.data.n_vocab))
     counts, flops = model.parameter_counts(), model.flops_per_token()
-    memory = training_memory(config, c.batch_size, world_size)
     n_saves, n_validations = math.ceil(total_steps / c.save_every), math.ceil(total_steps / c.eval_every)
     checkpoint = training_memory(config, 1).checkpoint  # whole also where FSDP divides what it holds
     disk = Path(c.out_dir).expanduser()
@@ -63,6 +62,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
 
     # Before the measured steps, whose memory torch keeps.
     usable = 0 if gpu else usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
+    rows = c.batch_size if gpu else _rows_at_once(config, usable, world_size)
+    memory = training_memory(config, rows, world_size)
     speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
     if speed is None:
         return 0
@@ -79,7 +80,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
     device = gpu or describe(default_device())
     of_these = "" if gpu else f", of {usable / 2**30:.1f} to use"
-    print(f"memory    {memory.total / 2**30:.2f} GB a device at most{of_these}: {world_size} x {device}")
+    print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once{of_these}: "
+          f"{world_size} x {device}")  # fmt: skip
     print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
           f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
     print(f"speed     {rate:,.0f} tokens/s, {speed.source}")
@@ -97,6 +99,13 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     if not gpu and memory.total > usable and not c.fit_memory:
         print("  ! it may not fit the memory; --train.batch_size auto takes what does, with more accumulation")
     return 0
+
+
+def _rows_at_once(config: Config, usable: int, world_size: int = 1) -> int:
+    """train.batch_size; or with auto what the run will choose when a device has so many bytes."""
+    if not config.train.fit_memory:
+        return config.train.batch_size
+    return fitting_batch_size(config, config.rows_per_step(world_size) // world_size, usable, world_size)
 
 
 def most_checkpoints(config: Config, total_steps: int) -> int:
@@ -200,9 +209,12 @@ def check(config: Config, argv: Sequence[str]) -> int:
     _tick("device", f"{describe(device)} | {choose_precision(device, c.precision)}")
     why_not = why_not_compile(device) if c.compile else "off"
     _tick("compiler", f"not used: {why_not}" if why_not else "there is one", good=not (c.compile and why_not))
-    needed, usable = training_memory(config, c.batch_size).total / 2**30, usable_memory(device) / 2**30
+    usable = usable_memory(device)
+    rows = _rows_at_once(config, usable)
+    needed = training_memory(config, rows).total
     remedy = "" if needed <= usable else "; --train.batch_size auto chooses what fits"
-    _tick("memory", f"{needed:.2f} GB counted, {usable:.1f} to use{remedy}", good=needed <= usable)
+    counted = f"{needed / 2**30:.2f} GB counted for {rows} rows, {usable / 2**30:.1f} to use{remedy}"
+    _tick("memory", counted, good=needed <= usable)
 
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "check")

@@ -193,28 +193,35 @@ def name_suspects(
     batch: Batch,
     data: DatasetPrep,
     token_byte_length: torch.Tensor,
-    batch_size: int,
 ) -> str:
     """Score each row of a step that is not finite, write all to non-finite.json, and name the worst in a sentence."""
     model.zero_grad(set_to_none=True)  # their memory is needed, and they are of no use
     rows = np.concatenate([batch.inputs, batch.targets[:, -1:].clip(min=0)], axis=1)
-    batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
-    with accelerator.autocast():
-        score = score_rows(model, rows, token_byte_length, batch_size)
+    losses, problem = [None] * len(rows), ""
+    try:
+        with accelerator.autocast():
+            score = score_rows(model, rows, token_byte_length, batch_size=1)
+        losses = (score.nats / score.tokens).tolist()
+    except (RuntimeError, MemoryError) as error:
+        # Where training fits barely there may be no room for the logits of a whole row, or for what cuBLAS needs, each
+        # with a message of its own. What ends the run is the step that is not finite.
+        problem = (str(error).splitlines() or ["no memory"])[0]
     names = [data.config.current_datasets[i] for i in batch.sources]
-    losses = (score.nats / score.tokens).tolist()
     texts = [data.tokenizer.decode(row.tolist()) for row in rows]
-    table = [
+    table = gather_object([
         {"dataset": name, "loss": loss, "process": accelerator.process_index, "text": text}
         for name, loss, text in zip(names, losses, texts, strict=True)
-    ]
-    table = sorted(gather_object(table), key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
+    ])  # fmt: skip
+    path, problems = run_dir / "non-finite.json", [p for p in gather_object([problem]) if p]
+    if not problems:
+        table.sort(key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
     if accelerator.is_main_process:
-        path = run_dir / "non-finite.json"
         write_json(path, without_nan({"step": step, "rows": table}))
+    if problems:
+        return f"Its {len(table)} rows could not be scored one by one: {problems[0]} (all in {path})"
     n_broken = sum(not math.isfinite(row["loss"]) for row in table)
     which = f"{n_broken} of its {len(table)} rows, first" if n_broken else "no row by itself; the worst"
-    return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {run_dir / 'non-finite.json'})"
+    return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {path})"
 
 
 def often_repeated(data: DatasetPrep, tokens: int) -> list[str]:

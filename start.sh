@@ -66,6 +66,7 @@ read_train_options() {
       __preset) preset=$value ;;
       __train.run_name) run_name=$value ;;
       __train.out_dir) out_dir=${value/#\~\//$HOME/} ;;
+      __help | _h | __plan | __check) die 2 "$option starts no run; ask train.py itself: python train.py $option" ;;
     esac
   done
 }
@@ -213,7 +214,7 @@ follow() {
   say "Log: $log. Ctrl-C saves and stops the run; it outlives this terminal, and $again shows it again."
   run_child to_supervisor tail "$@" -f -s 0.5 --pid="$supervisor" "$log" || true
   if kill -0 "$supervisor" 2>/dev/null; then exit 141; fi # it was tail that ended: its reader has gone
-  read -r _ code <"$lock" || true
+  { read -r _ code <"$lock"; } 2>/dev/null || true
   [[ $code ]] || die 137 "the run's supervisor was killed, perhaps not the run: $again ends what is left and goes on"
   explain_end "$code"
   exit "$code"

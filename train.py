@@ -102,7 +102,7 @@ def train(config: Config) -> int:
         save_checkpoint,
         write_status,
     )
-    from files import write_json
+    from files import check_lock, write_json
     from hardware import (
         allow_tf32,
         choose_precision,
@@ -160,6 +160,7 @@ def train(config: Config) -> int:
             f"or choose another --train.run_name"
         )
     if is_main:
+        write_status(run_dir, "running", newest.step if newest else 0)
         for line in put_damaged_aside(run_dir):
             complain(line)
     newest = newest_for_all(accelerator, run_dir)
@@ -169,8 +170,6 @@ def train(config: Config) -> int:
             f"{run_dir} is at step {state['step']} of {state['total_steps']} already, beyond train.max_steps "
             f"{c.max_steps}; repeat the options of the run: --train.max_steps {state['total_steps']}"
         )
-    if is_main:
-        write_status(run_dir, "running", newest.step if newest else 0)
     saved_tokenizer = load_tokenizer(newest.path) if newest else None
     if config.init_from:  # only now it is known whether the run has weights of its own
         if newest:
@@ -291,7 +290,8 @@ def train(config: Config) -> int:
     log = MetricsFile(run_dir / "metrics.jsonl", step) if is_main else None
 
     def record(kind: str, **values: Any) -> None:
-        if log:
+        if log and lock:
+            check_lock(lock)
             log.write(kind, step, tokens=tokens_seen, **values)
 
     record(
@@ -336,7 +336,8 @@ def train(config: Config) -> int:
         started = time.perf_counter()
         positions = gather_object([position])
         tensors = gather_tensors(model, optimizers, keep=is_main)
-        if is_main:
+        if lock:
+            check_lock(lock)
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
                 "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
@@ -437,9 +438,7 @@ def train(config: Config) -> int:
             save()  # so that a resume leaves these documents out as well
             continue
         if broken:
-            suspects = name_suspects(
-                run_dir, step + 1, accelerator, model, batch, data, token_byte_length, c.batch_size
-            )
+            suspects = name_suspects(run_dir, step + 1, accelerator, model, batch, data, token_byte_length)
             raise NonFiniteError(
                 f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
                 f"{suspects}. Continue from the last checkpoint with --resume, skip such documents with "
@@ -480,7 +479,8 @@ def train(config: Config) -> int:
     progress.close()
     watch()
     if saved_step < step:  # stopped by a signal, or by the end of the last epoch
-        val_loss = validate() if outcome == "complete" else None
+        if outcome == "complete" and val_loss is None:
+            val_loss = validate()
         save()
     if is_main:
         write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)

@@ -177,14 +177,14 @@ fetch() {
 }
 
 # Prints \0, since some login scripts greet; then path \0 manifest \0 of each complete checkpoint. A run has config.json
-# from its start; of that, only the path.
+# from its start; with its path goes the first line of its metrics.jsonl, which no other run has.
 # shellcheck disable=SC2016 # for the shell on the box
 list_script='cd "$1" || exit 44
 printf "\0"
 for file in */config.json */step-*/manifest.json; do
   [ -f "$file" ] || continue
   printf "%s\0" "$file"
-  case $file in */step-*) cat "$file" ;; esac
+  case $file in */step-*) cat "$file" ;; *) head -n 1 "${file%config.json}metrics.jsonl" 2>/dev/null ;; esac | tr -d "\000"
   printf "\0"
 done'
 

@@ -22,6 +22,11 @@ finish() {
   exit "$code"
 }
 
+# Ends this script when the run's folder was removed; another run may have begun there, with a supervisor of its own.
+check_folder() {
+  if [[ $(cat "$lock" 2>/dev/null) != "$$" ]]; then note "the run's folder was removed: not starting it again" && exit 6; fi
+}
+
 status() { cat "$run/status.json" 2>/dev/null || true; }
 newest_step() { find "$run" -maxdepth 1 -name 'step-*' | sort | sed -n '$s/.*step-0*//p'; }
 
@@ -50,15 +55,28 @@ trap 'stops=$((stops + 1))' INT TERM
 trap 'note "line $LINENO failed: $BASH_COMMAND"' ERR
 code=75 failures=0 pause=$first_pause highest=$(newest_step)
 while ((stops == 0)); do
+  check_folder
   # What outlived its launcher, or another supervisor, would keep the run's folder and the GPUs' memory to itself.
-  while [[ $(run_processes) && $stops == 0 ]]; do kill_run && sleep 1; done
+  tries=0
+  while [[ $(run_processes) && $stops == 0 ]]; do
+    kill_run && sleep 1
+    if ((++tries == 10)); then
+      note "process $(run_processes | paste -s -d ' ' -) is killed and does not end, as one that waits for a broken driver: restart the machine, or rent another; until it ends, the run waits"
+    fi
+  done
+  before=$(status)
+  if ((stops)); then break; fi # while it waited; nothing was started
+  code=0
   note "starting: $*"
-  code=0 before=$(status)
   run_child stop_run env "SUPERVISED_BY=$lock" "$@" || code=$?
+  check_folder
   # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
   if [[ $(status) != "$before" ]]; then
     code=$(status | sed -n 's/^ "exit_code": \([0-9]*\),*$/\1/p' | grep . || say "$code")
   fi
+  # On a full disk there is no room for status.json either.
+  if ((code == 1)) && ! { say full >"$run/.tmp-room"; } 2>/dev/null; then code=6; fi
+  rm -f "$run/.tmp-room"
   case $code in
     0) finish "the run is complete" ;;
     75) finish "the run was stopped; everything is saved" ;;
@@ -67,14 +85,15 @@ while ((stops == 0)); do
   if ((stops)); then break; fi
   # After a new checkpoint what was refused is worth a second start: memory that another program took, a damaged file.
   # Data (3) that was there at the last checkpoint may come back, as a hub does after an outage.
-  if [[ $code == [2-5] ]] && ((step == highest)) && [[ $code != 3 || ! $step ]]; then
+  if [[ $code == [2-5] ]] && ((step <= highest)) && [[ $code != 3 || ! $step ]]; then
     finish "the run ended with exit code $code, as said above; starting it again would not help"
   fi
   if ((step > highest)); then
-    failures=0 pause=$first_pause highest=$step
+    failures=0 pause=$first_pause
   elif ((code != 6 && code != 3)); then
     ((++failures))
   fi
+  highest=$step # lower than before when the newest was damaged
   ((failures < 5)) || finish "the run died 5 times in a row without a new checkpoint, now with exit code $code"
   note "the run died with exit code $code; newest checkpoint: ${step:-none}; starting it again in $pause s"
   run_child stop_run sleep "$pause" || true

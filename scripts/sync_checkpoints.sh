@@ -16,7 +16,8 @@ usage: scripts/sync_checkpoints.sh [--watch] [--interval SECONDS] [--delete] [se
 Copies each complete checkpoint from the box, compares every byte with its manifest, and only then gives
 it its name here; also metrics.jsonl, loss.png, status.json, config.json, start.log and eval-*.json. What
 a dropped connection interrupts goes on where it stopped. No checkpoint here is ever deleted: one that
-the run has written anew since is put aside, as replaced-step-*.
+the run has written anew since is put aside, as replaced-step-*; and a run that the box has begun anew
+under the same name is left alone until its folder here has another name.
 
   --watch             for ever, until Ctrl-C; after a failure soon again, then later and later
   --interval SECONDS  between the rounds of --watch (60)
@@ -98,19 +99,22 @@ copy_checkpoint() {
 }
 
 copy_all() {
-  local kind run step manifest size part name code=0 filter=()
+  local kind run step manifest size part name code=0 runs=() filter=()
   while IFS=$'\t' read -r kind run step; do
     case $kind in
-      run) filter+=("--include=/$run/") ;;
+      run) runs+=("$run") ;;
       remote) n_remote=$run ;;
       note) once "$run" ;;
       refuse) refuse "$run" "$run" ;;
     esac
   done <"$tmp/plan"
-  ((${#filter[@]})) || return 0
-  for name in "${small_files[@]}"; do filter+=("--include=/*/$name"); done
-  fetch "$stall" "$LOCAL_DIR" "${filter[@]}" --exclude='*' "$origin/" "$LOCAL_DIR/" || code=$?
-  ((code == 0 || code == 24)) || explain "$code" || return
+  ((${#runs[@]})) || return 0
+  for name in "${small_files[@]}"; do filter+=("--include=/$name"); done
+  for run in "${runs[@]}"; do # by itself: its folder may be a link to one on a larger disk, there or here
+    code=0
+    fetch "$stall" "$LOCAL_DIR/$run/" "${filter[@]}" --exclude='*' "$origin/$run/" "$LOCAL_DIR/$run/" || code=$?
+    ((code == 0 || code == 24)) || explain "$code" || return
+  done
 
   for part in "$LOCAL_DIR"/*/.sync-step-*; do # begun, and gone from the box since
     run=${part%/*} step=${part##*/.sync-}

@@ -36,6 +36,7 @@ def plan(listing: bytes, local: Path) -> Iterator[tuple[Any, ...]]:
     begun, then the newest. First to delete: the oldest.
     """
     runs: dict[str, list[Remote]] = {}
+    began: dict[str, bytes] = {}
     fields = listing.split(b"\0")[1:]
     for path, content in zip(fields[::2], fields[1::2]):  # noqa: B905 (strict= came with 3.10)
         listed = _LISTED.fullmatch(path.decode("ascii", "replace"))
@@ -44,7 +45,9 @@ def plan(listing: bytes, local: Path) -> Iterator[tuple[Any, ...]]:
             continue
         run, step = listed.groups()
         runs.setdefault(run, [])
-        if not step or not content:  # config.json; a checkpoint that vanished while it was listed
+        if not step:
+            began[run] = content
+        if not step or not content:  # a checkpoint that vanished while it was listed
             continue
         manifest = read_manifest(content)
         if manifest is None or manifest["step"] != int(step[5:]):
@@ -57,8 +60,14 @@ def plan(listing: bytes, local: Path) -> Iterator[tuple[Any, ...]]:
     for run, checkpoints in sorted(runs.items()):
         theirs = max((c.name for c in checkpoints), default="")
         ours = max((p.parent.name for p in local.glob(f"{run}/step-????????/manifest.json")), default="")
-        if theirs < ours:  # its metrics.jsonl would replace ours
-            where = local / run
+        where = local / run
+        if ours and began.get(run) and _first_line(where / "metrics.jsonl") not in (b"", began[run]):
+            yield (
+                "note",
+                f"left alone: the box has begun {run} anew, and {where} is of the run before; move {where} away, and "
+                f"the new one is copied",
+            )
+        elif theirs < ours:  # its metrics.jsonl would replace ours
             yield (
                 "note",
                 f"left alone: the box has {run} at {theirs or 'no checkpoint'}, {where} is at {ours}. If that is "
@@ -108,6 +117,13 @@ def damage(folder: Path, expected: str) -> str:
         if _sha256(file) != written["sha256"]:
             return f"{name} is damaged: its bytes are not those that were written"
     return ""
+
+
+def _first_line(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.readline()
 
 
 def _manifest_hash(folder: Path) -> str:

@@ -159,8 +159,10 @@ class Box:
         files = {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in contents.items()}
         manifest: dict[str, Any] = {"format": 1, "step": step, "val_loss": val_loss, "files": files}
         write_json(folder / "manifest.json", manifest | {"sha256": _digest(manifest)})
-        for name in ("config.json", "metrics.jsonl", "loss.png", "status.json", f"eval-{step:08d}.json"):
+        for name in ("config.json", "loss.png", "status.json", f"eval-{step:08d}.json"):
             (self.folder / run / name).write_text(f"{name} at {step}")
+        with (self.folder / run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(f"at {step}\n" if metrics.tell() else f"begun at {time.time_ns()}\nat {step}\n")
         return folder.rename(final)
 
     def command(self, script: str, *options: str, **settings: str) -> dict[str, Any]:

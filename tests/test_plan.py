@@ -36,6 +36,17 @@ def test_a_plan_foretells_the_run_and_leaves_nothing_behind(runs: Runs) -> None:
     assert len([*(runs.folder / "planned").glob("step-*")]) <= int(told_bytes[2])
 
 
+def test_a_plan_counts_the_memory_of_the_rows_that_auto_will_choose(runs: Runs) -> None:
+    auto, fixed = (
+        ["--train.batch_size", "auto", "--train.gradient_accumulation_steps", "4"],
+        ["--train.batch_size", "16"],
+    )
+    told = [runs("fitted", "--plan", "--model.max_length", "512", *options)[0] for options in (auto, fixed)]
+    counted = [re.findall(r"memory +([0-9.]+) GB a device at most, with 16 rows at once", out) for out in told]
+    assert counted[0] == counted[1] != []
+    assert float(counted[0][0]) > 0.01
+
+
 def test_a_plan_does_not_touch_the_run_of_that_name(runs: Runs) -> None:
     runs("existing")
     before = {path: path.stat().st_mtime_ns for path in (runs.folder / "existing").rglob("*")}

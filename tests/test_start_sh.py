@@ -34,7 +34,8 @@ SAMPLE = "generate.py checkpoints/demo --prompt The people of the United States 
 LAUNCH = "launch --multi_gpu --num_processes 8 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 # A training: waits for signals, or at its n-th start does as the n-th word of FAKE_ATTEMPTS says (the last is
-# repeated): reaches a checkpoint / leaves this code in status.json (-: none) / ends with this code, or by SIGKILL.
+# repeated): reaches a checkpoint (-1: all are damaged) / leaves this code in status.json (-: none) / ends with this
+# code, or by SIGKILL.
 FAKE_TRAINING = r"""
 if [[ ${FAKE_TRAIN_WAITS:-} ]]; then
   if [[ $FAKE_TRAIN_WAITS == deaf ]]; then end=''; else end='exit 75'; fi
@@ -46,7 +47,8 @@ words=(${FAKE_ATTEMPTS:-0/-/${FAKE_TRAIN_EXIT:-0}})
 n=$(grep -c train.py "$FAKE_LOG")
 IFS=/ read -r step status end <<< "${words[n - 1]:-${words[${#words[@]} - 1]}}"
 run=checkpoints/fineweb
-if ((step)); then mkdir -p "$run/step-$(printf %08d "$step")"; fi
+if ((step < 0)); then rm -r $run/step-*; fi
+if ((step > 0)); then mkdir -p "$run/step-$(printf %08d "$step")"; fi
 if [[ $status != - ]]; then
   printf '{\n "time": %s,\n "exit_code": %s,\n "error": "x"\n}\n' "$n" "$status" > $run/status.json
 fi
@@ -248,6 +250,15 @@ def test_an_unknown_option_exits_2_with_a_suggestion(repo: Repo, typed: str, hin
     assert result.returncode == 2
     assert result.stderr == f"error: unknown option {typed}; {hint}\n"
     assert repo.ran == []
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--plan", "--check"])
+def test_an_option_of_train_that_starts_no_run_is_refused_before_anything_is_made(repo: Repo, option: str) -> None:
+    repo.gpus("NVIDIA L4")
+    result = repo.start("--", "--preset", "gpt2", option)
+    assert (result.returncode, result.stdout, repo.ran) == (2, "", [])
+    assert result.stderr == f"error: {option} starts no run; ask train.py itself: python train.py {option}\n"
+    assert not (repo.path / "checkpoints").exists()
 
 
 def test_without_a_gpu_it_trains_the_demo_and_samples_from_it(repo: Repo) -> None:
@@ -636,6 +647,25 @@ def test_what_a_killed_supervisor_leaves_behind_is_ended_before_the_run_starts_a
     assert repo.ran == ["python train.py --resume", "python train.py --resume", "TERM"]
 
 
+def test_a_run_whose_folder_was_removed_is_not_started_again_beside_the_one_that_has_begun_there(repo: Repo) -> None:
+    repo.gpus("NVIDIA L4")
+    repo.env |= {"FAKE_TRAIN_WAITS": "1", "RESTART_PAUSE": "1"}
+    first = Terminal(repo)
+    first.see("\ntraining\n")
+    shutil.rmtree(repo.path / "checkpoints/fineweb")
+    second = Terminal(repo)  # ends the processes of the first, which has the same folder
+    second.see("\ntraining\n")
+    shown = first.see()
+    assert "the run's folder was removed: not starting it again" in shown
+    assert "failed:" not in shown
+    shutil.rmtree(repo.path / "checkpoints/fineweb")
+    kill_all(f"SUPERVISED_BY={repo.path}/checkpoints/fineweb/.start.lock")
+    shown = second.see()
+    assert "the run's folder was removed: not starting it again" in shown
+    assert "No such file" not in shown
+    assert repo.ran == ["python train.py --resume"] * 2
+
+
 @pytest.fixture
 def hasty(repo: Repo) -> Repo:
     """A machine with a GPU, on which sleeping takes no time, and is written down."""
@@ -669,11 +699,69 @@ def test_a_full_disk_is_waited_for_with_pauses_up_to_ten_minutes(hasty: Repo) ->
     assert hasty.pauses == ["10", "20", "40", "80", "160", "320", "600", "600"]
 
 
+def test_a_full_disk_is_waited_for_although_the_launcher_says_1_and_no_status_can_be_written(hasty: Repo) -> None:
+    hasty.gpus(*["NVIDIA L4"] * 8)
+    run = hasty.path / "checkpoints/fineweb"
+    run.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        for name in (".start.lock", "start.log"):  # a block each, as a run has that was there before the disk was full
+            (run / name).write_text("x\n")
+        with contextlib.suppress(OSError), (run / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        hasty.env["FAKE_ATTEMPTS"] = "0/-/1"
+        terminal = Terminal(hasty)
+        wait_until(lambda: len(hasty.ran) > 8, 30)
+        (run / "ballast").unlink()
+        terminal.see("died 5 times in a row without a new checkpoint, now with exit code 1\n")
+        assert terminal.process.wait(10) == 1
+    finally:
+        kill_all(f"FAKE_LOG={hasty.env['FAKE_LOG']}")
+        subprocess.run(["umount", str(run)], check=True)
+
+
+UNKILLABLE = """#!/usr/bin/env bash
+# None can be made here that is stuck in the driver. One that no signal reaches is found until the file is there.
+if [[ $1 == -lsxzF && ! -e $FAKE_LOG.over ]]; then echo /proc/99999999/environ; else exec {grep} "$@"; fi
+"""
+
+
+def test_a_process_that_no_kill_ends_is_named_once_with_a_remedy_and_the_run_waits_for_its_end(hasty: Repo) -> None:
+    hasty.fake("grep", UNKILLABLE.format(grep=shutil.which("grep")))
+    terminal = Terminal(hasty)
+    terminal.see("process 99999999 is killed and does not end")
+    wait_until(lambda: len(hasty.pauses) > 30)
+    assert hasty.log().count("\n") == 1
+    assert "restart the machine" in hasty.log()
+    assert hasty.ran == []
+    Path(hasty.env["FAKE_LOG"] + ".over").touch()
+    terminal.see("the run is complete")
+    assert hasty.ran == ["python train.py --resume"]
+
+
+def test_ctrl_c_while_a_run_waits_for_such_a_process_starts_nothing(hasty: Repo) -> None:
+    hasty.fake("grep", UNKILLABLE.format(grep=shutil.which("grep")))
+    terminal = Terminal(hasty)
+    terminal.see("does not end")
+    terminal.press_ctrl_c()
+    assert "Stopped, and everything is saved" in terminal.see()
+    assert (terminal.process.wait(10), hasty.ran) == (75, [])
+
+
 def test_a_run_that_dies_when_it_is_saved_and_done_counts_as_it_says(hasty: Repo) -> None:
     hasty.env["FAKE_ATTEMPTS"] = "300/75/KILL"
     assert hasty.start().returncode == 75
     hasty.env["FAKE_ATTEMPTS"] = "300/0/139"
     assert hasty.start().returncode == 0
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(hasty: Repo) -> None:
+    hasty.env["FAKE_ATTEMPTS"] = "300/-/1 -1/-/4"
+    assert hasty.start().returncode == 4
+    assert len(hasty.ran) == 2
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 75])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,12 +17,22 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import open_run
+from checkpoint import DiskError, _remove_old, open_run
+from errors import explain
+from metrics import MetricsFile, read_metrics
 from tests.test_train import ROOT, Runs, weights
 
 
 def children_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -50,6 +63,81 @@ def test_a_save_over_an_older_one_that_was_killed_between_its_renames_loses_neit
     open_run(folder).close()
     assert steps_of(folder) == [10]
     assert weights(folder / "step-00000010") == weights(runs.checkpoint("whole", 10))
+
+
+def test_an_old_checkpoint_that_the_disk_does_not_let_go_waits_for_the_next_save(runs: Runs, whole: str) -> None:
+    """As NFS does with files that somebody reads; here something is mounted in it."""
+    folder = runs.folder / "held"
+    shutil.copytree(runs.folder / "whole", folder)
+    held = folder / "step-00000010/held"
+    held.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(held)], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    held = folder / ".tmp-old-step-00000010/held"
+    try:
+        _remove_old(folder, 1, 0)
+        assert (held.is_mount(), steps_of(folder)) == (True, [20])
+    finally:
+        subprocess.run(["umount", str(held)], check=True)
+    _remove_old(folder, 1, 0)
+    assert not held.parent.exists()
+
+
+def test_a_disk_that_has_no_locks_is_not_taken_for_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(
+        DiskError, match=r"cannot write to .*run \(No locks available\); choose another --train.out_dir"
+    ):
+        open_run(tmp_path / "run")
+
+
+def test_metrics_that_cannot_be_written_name_their_file_and_leave_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log, limit = MetricsFile(path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, limit[1]))
+    try:
+        log.write("train", 0)
+        log.write("train", 1)
+        with pytest.raises(OSError, match="File too large") as error:
+            log.write("train", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert explain(error.value) == (
+        f"{path}: File too large; free some space, or choose a place that can be written",
+        6,
+    )
+    assert [r["step"] for r in read_metrics(path)] == [0, 1]
+    path.unlink()
+    log.write("train", 3)
+    assert [r["step"] for r in read_metrics(path)] == [3]
+
+
+def test_a_run_whose_folder_was_removed_saves_nothing_into_the_one_that_has_begun_there(runs: Runs) -> None:
+    first = runs.start("twice", "--train.max_steps", "100000", "--train.save_every", "100000")
+    wait_for(first, runs.folder / "twice/loss.png")  # not in the middle of a save
+    first.send_signal(signal.SIGSTOP)
+    shutil.rmtree(runs.folder / "twice")
+    second = runs.start(
+        "twice", "--train.max_steps", "100000", "--train.save_every", "1", "--train.keep_checkpoints", "99999"
+    )
+    try:
+        wait_for(second, runs.checkpoint("twice", 1))
+        first.send_signal(signal.SIGCONT)
+        _, error = first.communicate(timeout=60)
+    finally:
+        second.terminate()
+        second.communicate(timeout=60)
+    assert re.fullmatch(rf"error: .*twice was removed, and process {second.pid} has begun another there\n", error)
+    assert first.returncode == 2
+    steps = steps_of(runs.folder / "twice")
+    assert steps == list(range(1, len(steps) + 1))
+    status = json.loads((runs.folder / "twice/status.json").read_text())
+    assert (status["outcome"], status["process"]) == ("stopped", second.pid)
 
 
 # ---- another run's weights, other data --------------------------------------------------------------
@@ -124,11 +212,7 @@ def test_a_run_that_hangs_ends_by_itself_and_shows_where(runs: Runs) -> None:
     """One of two processes stops; the other waits for it in an exchange, and no error would ever come."""
     options = ["--train.max_steps", "100000", "--train.save_every", "5", "--train.hang_minutes", "0.05"]
     process = runs.start("hanging", *options, processes=2)
-    deadline = time.monotonic() + 120
-    while not runs.checkpoint("hanging", 5).exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, runs.checkpoint("hanging", 5))
     stopped = children_of(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
@@ -214,41 +298,59 @@ def test_a_step_that_is_not_finite_names_its_documents(runs: Runs) -> None:
 
 LIMITED = """
 import os, resource, sys
-limit = int(os.environ.get("LIMIT_MB_OF_RANK_" + os.environ.get("RANK", "0"), "0"))
+limit = int(os.environ.get("LIMIT_MB_OF_RANK_" + os.environ.get("RANK", "0"), "-1"))
 sys.argv[:] = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import runtime, train
 from errors import exit_code_of
-tried = runtime.runs_out_of_memory
+name = os.environ["LIMITED"]
+tried = getattr(runtime, name)
 
-def limited(*arguments):
+def limited(*arguments, **more):
     now = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now * 1024 + limit * 2**20, unlimited[1]))
     try:
-        return tried(*arguments)
+        return tried(*arguments, **more)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
-if limit:
-    runtime.runs_out_of_memory = limited
+if limit >= 0:
+    setattr(runtime, name, limited)
 raise SystemExit(exit_code_of(train.main))
 """
+
+
+def run_limited(
+    runs: Runs, script: Path, what: str, n_mb: int, name: str, *options: str, processes: int
+) -> subprocess.CompletedProcess[str]:
+    """The limit is the kernel's, on what the last process may map in this function of runtime.py."""
+    script.write_text(LIMITED)
+    command = runs.command(name, *options, processes=processes)
+    command.insert(command.index(str(ROOT / "train.py")), str(script))
+    limit = {"OMP_NUM_THREADS": "1", "LIMITED": what, f"LIMIT_MB_OF_RANK_{processes - 1}": str(n_mb)}
+    limit["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what was freed before is no way round it
+    return subprocess.run(command, env=os.environ | limit, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_too_little_memory_means_a_smaller_micro_batch_and_the_same_tokens_per_step(
     runs: Runs, tmp_path: Path, processes: int
 ) -> None:
-    """The limit is the kernel's, on what the last process may map while it tries; all take its micro-batch."""
-    (tmp_path / "limited.py").write_text(LIMITED)
+    """All take the micro-batch of the process that has the least."""
     name = f"limited-{processes}"
-    command = runs.command(name, "--model.max_length", "512", "--train.batch_size", "64", "--data.n_streams", "16",
-                           "--train.max_steps", "2", "--train.gradient_accumulation_steps", str(2 // processes),
-                           processes=processes)  # fmt: skip
-    command.insert(command.index(str(ROOT / "train.py")), str(tmp_path / "limited.py"))
-    limit = {"OMP_NUM_THREADS": "1", f"LIMIT_MB_OF_RANK_{processes - 1}": "500"}
-    done = subprocess.run(command, env=os.environ | limit, capture_output=True, text=True, timeout=240)
+    options = [
+        "--model.max_length",
+        "512",
+        "--train.batch_size",
+        "64",
+        "--data.n_streams",
+        "16",
+        "--train.max_steps",
+        "2",
+    ]
+    options += ["--train.gradient_accumulation_steps", str(2 // processes)]
+    done = run_limited(runs, tmp_path / "limited.py", "runs_out_of_memory", 500, name, *options, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "memory    too little for that; now " in done.stdout
     trained = [r for r in runs.records(name) if r["kind"] == "train"]
@@ -256,3 +358,18 @@ def test_too_little_memory_means_a_smaller_micro_batch_and_the_same_tokens_per_s
     config = json.loads((runs.folder / name / "config.json").read_text())["train"]
     assert config["batch_size"] < 64
     assert config["batch_size"] * config["gradient_accumulation_steps"] * processes == 128
+
+
+def test_a_step_that_is_not_finite_is_called_so_although_its_rows_are_too_large_to_score(
+    runs: Runs, tmp_path: Path
+) -> None:
+    options = ["--train.lr", "1e30", "--train.max_grad_norm", "0", "--train.warmup_tokens", "0", "--data.seed", "5"]
+    options += ["--model.max_length", "4096", "--train.batch_size", "2"]  # logits are 4 MB, and 8 in fp32
+    done = run_limited(runs, tmp_path / "limited.py", "score_rows", 8, "full", *options, processes=2)
+    assert "Its 4 rows could not be scored one by one: " in done.stderr, done.stderr
+    status = json.loads((runs.folder / "full/status.json").read_text())
+    assert (status["exit_code"], "could not be scored" in status["error"]) == (5, True)
+    rows = json.loads((runs.folder / "full/non-finite.json").read_text())["rows"]
+    assert [row["process"] for row in rows] == [0, 0, 1, 1]
+    assert all(row["text"] for row in rows)
+    assert [row["loss"] for row in rows[2:]] == [None, None]

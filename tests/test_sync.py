@@ -43,7 +43,7 @@ def test_complete_checkpoints_and_the_runs_files_are_copied_once(box: Box) -> No
     names = {path.name for path in (box.local / "run").iterdir()}
     small = {"config.json", "metrics.jsonl", "loss.png", "status.json", "eval-00000001.json", "eval-00000003.json"}
     assert names == small | {"step-00000001", "step-00000003"}
-    assert (box.local / "run/metrics.jsonl").read_text() == "metrics.jsonl at 3"
+    assert (box.local / "run/metrics.jsonl").read_text().endswith("\nat 1\nat 3\n")
     box.save(6)
     second = box.sync("--local-dir", str(box.local))
     assert (second.returncode, counts(second)) == (0, (4, 1, 0, 0))
@@ -180,17 +180,45 @@ def test_delete_looks_at_the_box_again_at_the_last_moment(box: Box) -> None:
     checkpoint.verify_checkpoint(old)
 
 
-def test_another_run_of_the_same_name_replaces_nothing(box: Box) -> None:
+def test_a_run_that_the_box_has_begun_anew_replaces_nothing_even_when_it_is_further_on(box: Box) -> None:
     box.save(10)
-    shutil.copytree(box.folder, box.local)
+    assert box.sync().returncode == 0
+    before = {path: path.read_bytes() for path in (box.local / "run").rglob("*") if path.is_file()}
     shutil.rmtree(box.folder / "run")
-    box.save(5)
+    for step in (5, 10, 11, 12, 13):
+        box.save(step)
+        result = box.sync("--delete")
+        assert (result.returncode, counts(result)[1:]) == (0, (0, 0, 0))
+        assert re.fullmatch(r"left alone: the box has begun run anew, .*; move \S.*/run away, and .*\n", result.stderr)
+    assert {path: path.read_bytes() for path in (box.local / "run").rglob("*") if path.is_file()} == before
+    assert box.there() == [5, 10, 11, 12, 13]
+    (box.local / "run").rename(box.local / "the old run")
+    assert (box.sync().stderr, box.here(), box.here("the old run")) == ("", [5, 10, 11, 12, 13], [10])
+
+
+def test_a_run_that_the_box_has_at_an_earlier_step_goes_on_when_it_has_passed_ours(box: Box) -> None:
+    box.save(5), box.save(10)
+    assert box.sync().returncode == 0
+    shutil.rmtree(box.folder / "run/step-00000010")
     result = box.sync("--delete")
     assert (result.returncode, counts(result)) == (0, (1, 0, 0, 0))
-    assert "another run of the same name" in result.stderr
-    assert (box.local / "run/metrics.jsonl").read_text() == "metrics.jsonl at 10"
+    assert "the box has run at step-00000005" in result.stderr
     box.save(11)
     assert (box.sync().returncode, box.here()) == (0, [5, 10, 11])
+
+
+def test_a_run_that_is_a_link_to_a_larger_disk_is_copied_like_any_other(box: Box) -> None:
+    for step in range(1, 5):
+        box.save(step)
+    (box.folder / "run").rename(box.tmp / "larger")
+    (box.folder / "run").symlink_to(box.tmp / "larger")
+    (box.tmp / "larger here").mkdir()
+    box.local.mkdir()
+    (box.local / "run").symlink_to(box.tmp / "larger here")
+    result = box.sync("--delete")
+    assert (result.stderr, result.returncode, counts(result)) == ("", 0, (2, 4, 2, 0))
+    assert (box.here(), box.there(), (box.local / "run").is_symlink()) == ([1, 2, 3, 4], [3, 4], True)
+    assert (box.tmp / "larger here/metrics.jsonl").exists()
 
 
 def test_names_that_a_shell_would_mind_reach_none(box: Box) -> None:

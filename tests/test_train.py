@@ -331,6 +331,8 @@ def test_a_checkpoint_without_its_manifest_is_damaged_and_never_overlooked(runs:
     assert "already holds a run at step 20" in err
     _, err = runs("beheaded", "--resume", code=4)
     assert "no sound checkpoint left" in err
+    status = json.loads((runs.folder / "beheaded/status.json").read_text())
+    assert (status["outcome"], status["exit_code"]) == ("failed", 4)  # a launcher would not pass the code on
 
 
 def test_a_manifest_with_another_meaning_is_damaged(runs: Runs, whole: str) -> None:
