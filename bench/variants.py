@@ -223,6 +223,30 @@ def cautious_decay() -> None:
     optim.Muon.step = step  # type: ignore[method-assign]
 
 
+def normuon(beta: float = 0.95) -> None:
+    """Each row of Muon's direction over the root of its recent mean square (NorMuon, arXiv:2510.05491); one process."""
+    plain = optim.orthogonalize_together
+    moments: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
+
+    def orthogonalize_together(x: Tensor) -> Tensor:
+        direction = plain(x).float()  # (n, rows, columns)
+        squares = direction.square().mean(dim=2, keepdim=True)
+        moment, n = moments.setdefault(tuple(x.shape), (torch.zeros_like(squares), [0]))
+        moment.lerp_(squares, 1 - beta)
+        n[0] += 1
+        scaled = direction * (moment / (1 - beta ** n[0]) + 1e-12).rsqrt()
+        return scaled * (direction.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True))
+
+    optim.orthogonalize_together = orthogonalize_together
+
+
+def all_of_muon() -> None:
+    """The three that seemed to help: by heads, NorMuon, momentum warm-up."""
+    muon_per_head()
+    normuon()
+    momentum_warmup(100)()
+
+
 def muon_4_steps() -> None:
     """Without the first of the five polynomials: directions under a hundredth of the largest stay small."""
     optim._SAFE_POLYNOMIALS = optim._SAFE_POLYNOMIALS[1:]
@@ -274,6 +298,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
     "muon-4-steps": muon_4_steps,
+    "normuon": normuon,
+    "per-head-normuon-warmup": all_of_muon,
     "torch-muon": torch_muon,
     "short-rows-first": short_rows_first(100, 4),
 }

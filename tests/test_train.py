@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -414,8 +415,8 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
         def log(self, values: dict, step: int) -> None:
             raise ConnectionError("no route")
 
-    log = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    log.trackers = [Failing()]  # type: ignore[list-item]
+    failing: Any = Failing()
+    log = MetricsFile(tmp_path / "metrics.jsonl", 0, [failing])
     for step in (1, 2):
         log.write("train", step, loss=1.0)
     assert capsys.readouterr().err == "warning: elsewhere shows no more of this run: no route\n"
