@@ -235,7 +235,8 @@ def normuon(beta: float = 0.95) -> None:
         moment.lerp_(squares, 1 - beta)
         n[0] += 1
         scaled = direction * (moment / (1 - beta ** n[0]) + 1e-12).rsqrt()
-        return scaled * (direction.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True))
+        whole = scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # 0 while what is behind it is zero
+        return scaled * (direction.norm(dim=(1, 2), keepdim=True) / whole)
 
     optim.orthogonalize_together = orthogonalize_together
 
