@@ -279,14 +279,20 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=min(0.02, 5 / c.d_model) if c.tie_embeddings else 0.8)
 
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, last_only: bool = False
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        at: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, V), or with targets (B, T) the summed nats as an fp32 scalar.
 
         A target of -1 does not count.
 
         cache: continue behind its positions, and add to it. last_only: logits of the last position, (B, 1, V).
-        Raises ValueError when the positions exceed max_length.
+        at: rows (n,) and positions (n,); logits of these only, (n, V). Raises ValueError when the positions exceed
+        max_length.
         """
         start, T = cache.seen if cache else 0, ids.size(1)
         if start + T > self.config.max_length:
@@ -307,6 +313,8 @@ class GPT(nn.Module):
             cache.seen += T
         if last_only:
             x = x[:, -1:]
+        if at is not None:
+            x = x[at]
         x = self.final_norm(x)
         if targets is None:
             logits: Tensor = self.head(x)

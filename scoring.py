@@ -1,15 +1,17 @@
 """How likely a model finds given continuations: what lm_eval's `loglikelihood` computes, in fewer products.
 
 The same ids, cut from the left to the context's length in the same way, and the same ties. But what the answers to a
-question share is read once, into a KV cache, and the head sees only what follows.
+question share is read once, into a KV cache, and the head sees only the positions that an answer is read from.
 
-Shapes: B questions, R rows, P ids that a question's rows share, T ids behind them, V vocabulary.
+Shapes: B questions, R rows, P ids that a question's rows share, T ids behind them, n positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, is_hub_model, load_model
 from errors import ConfigError
 from hub import DataError
 from metrics import mean_and_error
@@ -28,19 +30,29 @@ from sampling import encode_prompt
 from tasks import Document
 from tokenizer import Tokenizer
 
+# A batch is what is read into one cache: several times what is read at once, so that its rows, in order of their
+# lengths, need little padding. A further one costs about as much time as so many ids that are read AGAIN.
+BATCH, AGAIN = 4, 128
+
 T = TypeVar("T")
+At = tuple[Tensor, Tensor]  # rows (n,) and positions (n,)
 
 
 class OwnModel:
-    """A model of train.py. Its texts begin with end-of-text, as in training."""
+    """Our GPT. Its texts begin with end-of-text, as in training; an imported model's as transformers begins them.
+
+    theirs: transformers' tokenizer of the latter.
+    """
 
     shares = True
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.device = model, tokenizer, model.device
-        self.max_length, self.first_id = model.config.max_length, tokenizer.eot_id
+    def __init__(self, model: GPT, tokenizer: Tokenizer, theirs: Any = None):
+        self.model, self.tokenizer, self.theirs, self.device = model, tokenizer, theirs, model.device
+        self.max_length, self.first_id = model.config.max_length, first_of(theirs) if theirs else tokenizer.eot_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        if self.theirs:
+            return list(self.theirs(texts, verbose=False)["input_ids"])
         return [encode_prompt(text, self.tokenizer) for text in texts]
 
     def read(self, ids: Tensor, room: int) -> KVCache:
@@ -50,41 +62,35 @@ class OwnModel:
         self.model(ids, cache=cache, last_only=True)
         return cache
 
-    def logits(self, ids: Tensor, cache: KVCache | None, rows: Tensor) -> Tensor:
-        """ids (R, T), each behind that row of the cache which rows (R,) names -> (R, T, V)."""
+    def logits(self, ids: Tensor, cache: KVCache | None, rows: Tensor, at: At) -> Tensor:
+        """ids (R, T), each behind that row of the cache which rows (R,) names -> (n, V)."""
         if cache is not None:
             cache = copy.copy(cache)
-            cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-        return self.model(ids, cache=cache)
+            cache.keys, cache.values = cache.keys.index_select(1, rows), cache.values.index_select(1, rows)
+        return self.model(ids, cache=cache, at=at)
 
 
 class TransformersModel:
     """Any causal model of transformers, by its folder or its name on the hub. Raises ConfigError, CheckpointError."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            raise ConfigError(f"{name} is a model for transformers; pip install transformers==5.23.0") from None
-        try:
-            self.tokenizer = t = AutoTokenizer.from_pretrained(name)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"transformers cannot load {name}: {str(error).partition(chr(10))[0]}") from None
-        self.model = loaded.to(device).eval()
-        self.device, self.first_id = device, t.eos_token_id if t.bos_token_id is None else t.bos_token_id
+        self.tokenizer = t = from_transformers("AutoTokenizer", name)
+        self.model = from_transformers("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
+        self.device, self.first_id = device, first_of(t)
         c = getattr(self.model.config, "text_config", None) or self.model.config
         lengths = [getattr(c, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         self.max_length = next((int(n) for n in lengths if n), min(t.model_max_length, 2048))
+        self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.shares = self._continues()
 
     @torch.inference_mode()
     def _continues(self) -> bool:
         """Not every architecture takes several ids at once behind its cache, and some then compute something else."""
-        ids, row = torch.arange(100, 108, device=self.device)[None], torch.zeros(1, dtype=torch.long).to(self.device)
-        whole = self.model(ids).logits[:, 4:]
+        ids, row = torch.arange(100, 108, device=self.device)[None], torch.zeros(4, dtype=torch.long).to(self.device)
+        whole, at = self.model(ids).logits[0, 4:], (row, torch.arange(4, device=self.device))
         try:
-            return torch.allclose(self.logits(ids[:, 4:], self.read(ids[:, :4], 4), row), whole, rtol=0.05, atol=0.5)
+            found = self.logits(ids[:, 4:], self.read(ids[:, :4], 4), row[:1], at)
+            return torch.allclose(found, whole, rtol=0.05, atol=0.5)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
 
@@ -94,16 +100,44 @@ class TransformersModel:
     def read(self, ids: Tensor, room: int) -> Any:
         return self.model.base_model(ids, use_cache=True).past_key_values
 
-    def logits(self, ids: Tensor, cache: Any, rows: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, cache: Any, rows: Tensor, at: At) -> Tensor:
         if cache is not None:
             cache = copy.copy(cache)
             cache.layers = [copy.copy(layer) for layer in cache.layers]
             cache.batch_select_indices(rows)
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=cache is not None).logits
+        T, options = ids.size(1), {"past_key_values": cache, "use_cache": cache is not None}
+        if self.keeps:
+            options["logits_to_keep"] = T - int(at[1].min())
+        logits: Tensor = self.model(ids, **options).logits[at[0], at[1] - T]  # counted from the end
         return logits
 
 
 Model = OwnModel | TransformersModel
+
+
+def hub_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model of Hugging Face's: in our GPT, which is faster, if it is a folder that can be imported; or else in
+    transformers. Raises ConfigError, CheckpointError."""
+    if is_hub_model(Path(name)):
+        with contextlib.suppress(CheckpointError):  # of another family
+            return OwnModel(*load_model(name, device, dtype)[:2], from_transformers("AutoTokenizer", name))
+    return TransformersModel(name, device, dtype)
+
+
+def from_transformers(kind: str, name: str, **options: Any) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(f"{name} is a model for transformers; pip install transformers==5.23.0") from None
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {name}: {str(error).partition(chr(10))[0]}") from None
+
+
+def first_of(tokenizer: Any) -> int:
+    """What stands before an empty text, as in lm_eval."""
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
 class Answer(NamedTuple):
@@ -124,14 +158,31 @@ def answers_of(
     documents: Sequence[Document], model: Model, run: Callable[..., Iterable[Any]] = map
 ) -> list[list[Answer]]:
     """The Answers of each document. run(work, batches): the results of work(batch), of each. Raises DataError."""
-    # Ids whose logits are made at once: model.py's figures, whose reasons are the same here.
+    # Ids that the model reads at once: model.py's figures for rows of logits, whose reasons are the same here.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
-    same = sorted(rows_of(documents, model), key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True)
-    batches = list(portions(same, tokens, lambda rows: rows[0].shared + sum(len(r.ids) - r.shared for r in rows)))
+    batches = list(batches_of(rows_of(documents, model), BATCH * tokens))
     answers: dict[tuple[int, int], Answer] = {}
     for scored in run(lambda batch: score(batch, model, tokens), batches):
         answers |= scored
     return [[answers[n, i] for i in range(len(document.contexts))] for n, document in enumerate(documents)]
+
+
+def batches_of(documents: list[list[Row]], room: int) -> Iterator[list[list[Row]]]:
+    """Documents that share about as much, with about `room` ids to read. (What one shares beyond the least of its
+    batch, each of its rows reads for itself.)"""
+    batch: list[list[Row]] = []
+    size = 0
+    for rows in sorted(documents, key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True):
+        shared = rows[0].shared
+        ids = shared + sum(len(row.ids) - shared for row in rows)
+        again = (batch[-1][0].shared - shared) * sum(len(same) - 1 for same in batch) if batch else 0
+        if batch and (size + ids > room or again > AGAIN):
+            yield batch
+            batch, size = [], 0
+        batch.append(rows)
+        size += ids
+    if batch:
+        yield batch
 
 
 def portions(items: list[T], room: int, size: Callable[[T], int]) -> Iterator[list[T]]:
@@ -162,7 +213,8 @@ def rows_of(documents: Sequence[Document], model: Model) -> list[list[Row]]:
         first, last = min(answers_to), max(answers_to)  # what these two begin with, all that lie between do
         limit = min(len(ids) - len(c) for ids, answers in answers_to.items() for _, c in answers)
         shared = next((i for i, (a, b) in enumerate(zip(first[:limit], last, strict=False)) if a != b), limit)
-        documents_rows.append([Row(n, shared * model.shares, list(ids), a) for ids, a in answers_to.items()])
+        shared *= model.shares and len(answers_to) > 1
+        documents_rows.append([Row(n, shared, list(ids), a) for ids, a in answers_to.items()])
     return documents_rows
 
 
@@ -183,19 +235,20 @@ def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, 
     answers: dict[tuple[int, int], Answer] = {}
     for chunk in portions(rows, tokens, lambda pair: len(pair[1].ids) - P):
         which = torch.tensor([b for b, _ in chunk], device=model.device)
-        logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which)  # (R, T, V)
         places: list[tuple[int, int, int]] = []  # (row, position, wanted id) of all answers
         spans: dict[tuple[int, int], slice] = {}  # where each one's are
         for i, (_, row) in enumerate(chunk):
             for answer, continuation in row.answers:
                 start = len(row.ids) - P - len(continuation)
                 spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
-                places += [(i, start + j, wanted) for j, wanted in enumerate(continuation)]
+                places += [(i, start + j, token) for j, token in enumerate(continuation)]
+        r, t, ids = torch.tensor(places, device=model.device).unbind(1)
+        logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which, (r, t))  # (n, V)
         parts = []
         # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
-        for r, t, wanted in map(Tensor.unbind, torch.tensor(places).T.to(model.device).split(block, dim=1)):
-            found = logits[r, t].float()  # (n, V)
-            chosen = found[torch.arange(len(r), device=r.device), wanted]
+        for few, wanted in zip(logits.split(block), ids.split(block), strict=True):
+            found = few.float()
+            chosen = found.gather(1, wanted[:, None])[:, 0]
             first = chosen == found.amax(dim=1)
             first[first.clone()] = found[first].argmax(dim=1) == wanted[first]  # of equals the first is the choice
             parts.append(torch.stack((chosen - found.logsumexp(dim=1), first)).cpu().double())

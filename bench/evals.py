@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks
 from bench.context import context
 from files import write_json
-from scoring import TransformersModel, answers_of, summary
+from scoring import answers_of, hub_model, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("hellaswag", "lambada", "piqa", "arc_easy", "winogrande", "openbookqa", "commonsense_qa")
@@ -93,7 +93,7 @@ def loaded(kind: str, folder: str, form: str) -> Any:
     """A model is loaded once."""
     key = kind, folder, form
     if key not in LOADED and kind == "ours":
-        LOADED[key] = TransformersModel(folder, torch.device("cpu"), FORMATS[form])
+        LOADED[key] = hub_model(folder, torch.device("cpu"), FORMATS[form])
     elif key not in LOADED:
         LOADED[key] = Timed(folder, device="cpu", dtype=FORMATS[form])
     return LOADED[key]

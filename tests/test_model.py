@@ -118,6 +118,12 @@ def test_last_only_gives_the_last_positions_logits(tiny_model: Build):
     assert torch.allclose(model(ids, last_only=True), model(ids)[:, -1:], atol=1e-5)
 
 
+@torch.inference_mode()
+def test_at_gives_the_logits_of_these_rows_and_positions(tiny_model: Build):
+    model, ids, at = tiny_model(), random_ids(2, 9), (torch.tensor([1, 0, 1]), torch.tensor([3, 8, 0]))
+    assert torch.allclose(model(ids, at=at), model(ids)[at], atol=1e-5)
+
+
 # ---- the loss ------------------------------------------------------------------------------
 
 

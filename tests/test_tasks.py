@@ -215,6 +215,18 @@ def test_a_model_of_transformers_is_scored_alike(llama: Path) -> None:
     check_transformers(llama, shares=True, length=48)
 
 
+def test_a_folder_that_can_be_imported_is_scored_by_our_gpt_as_by_transformers(llama: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from scoring import OwnModel, hub_model
+
+    model = hub_model(str(llama), torch.device("cpu"), torch.float32)
+    assert isinstance(model, OwnModel)
+    theirs = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    check_against_naive(model, lambda ids: theirs(ids).logits)
+
+
 def test_a_model_that_cannot_go_on_behind_its_cache_reads_every_answer_whole(tmp_path: Path) -> None:
     from transformers import MambaConfig
 
@@ -313,6 +325,27 @@ def test_finished_tasks_are_kept_when_another_one_cannot_be_read(hub: Hub, llama
     assert "+0.0% +- 0.0%" in done.stdout
 
 
+def test_what_two_calls_at_once_finish_is_kept_of_both(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(name: str) -> int:
+        done = run_evals(hub, tmp_path, str(llama), "--tasks", name, "--output", str(tmp_path / "both.json"))
+        return done.returncode
+
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(ask, ("piqa", "winogrande"))] == [0, 0]
+    assert json.loads((tmp_path / "both.json").read_text())["tasks"].keys() == {"piqa", "winogrande"}
+
+
+@pytest.mark.parametrize("rows", [[{"goal": "Row."}], []])
+def test_rows_of_another_form_are_one_line(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    with pytest.raises(tasks.DataError, match=r"cannot read baber/piqa \((KeyError: 'sol1'|ValueError: it has no row)"):
+        tasks.load_documents("piqa", "hub")
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps."""
@@ -355,6 +388,13 @@ def test_lm_eval_by_its_adapter_finds_the_same_for_a_checkpoint(smoke: Path, mon
         _, other, other_values = theirs(checkpoint_lm(str(smoke)), 1, name, 40)
         assert [*chain(*values)] == pytest.approx([*chain(*other_values)], abs=1e-3)
         assert mine["correct"] == other["correct"]
+
+
+def test_the_help_names_all_tasks() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "evals.py"), "--help"], capture_output=True, text=True)
+    words = done.stdout.replace("│", " ").split()
+    start = words.index("hellaswag")
+    assert words[start : start + len(TASKS)] == [*list(TASKS)[:-1], f"{list(TASKS)[-1]};"]
 
 
 def test_a_wrong_task_is_answered_with_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
