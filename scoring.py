@@ -1,18 +1,19 @@
 """How likely a model finds given continuations: what lm_eval's `loglikelihood` computes, in fewer products.
 
 The same ids, cut from the left to the context's length in the same way, and the same ties. But what the answers to a
-question share is read once, into a KV cache, and the head sees only the positions that an answer is read from.
+question share is read once, nothing is padded while there is another question to fill the row, and the head sees only
+the places that an answer is read from.
 
-Shapes: B questions, R rows, P ids that a question's rows share, T ids behind them, n positions, V vocabulary.
+Shapes: B rows, T ids in each, n places, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,17 +26,15 @@ from checkpoint import CheckpointError, is_hub_model, load_model
 from errors import ConfigError
 from hub import DataError
 from metrics import mean_and_error
-from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, KVCache
+from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, Packed
 from sampling import encode_prompt
 from tasks import Document
 from tokenizer import Tokenizer
 
-# A batch is what is read into one cache: several times what is read at once, so that its rows, in order of their
-# lengths, need little padding. A further one costs about as much time as so many ids that are read AGAIN.
-BATCH, AGAIN = 4, 128
+# Ids in a row of several questions: attention computes T x T, most of it masked; shorter ones would be filled worse.
+ROW = 256
 
 T = TypeVar("T")
-At = tuple[Tensor, Tensor]  # rows (n,) and positions (n,)
 
 
 class OwnModel:
@@ -55,23 +54,18 @@ class OwnModel:
             return list(self.theirs(texts, verbose=False)["input_ids"])
         return [encode_prompt(text, self.tokenizer) for text in texts]
 
-    def read(self, ids: Tensor, room: int) -> KVCache:
-        """ids (B, P) -> their keys and values, with room for so many more behind."""
-        B, P = ids.shape
-        cache = KVCache(self.model.config, B, P + room, self.device, self.model.embedding.weight.dtype)
-        self.model(ids, cache=cache, last_only=True)
-        return cache
-
-    def logits(self, ids: Tensor, cache: KVCache | None, rows: Tensor, at: At) -> Tensor:
-        """ids (R, T), each behind that row of the cache which rows (R,) names -> (n, V)."""
-        if cache is not None:
-            cache = copy.copy(cache)
-            cache.keys, cache.values = cache.keys.index_select(1, rows), cache.values.index_select(1, rows)
-        return self.model(ids, cache=cache, at=at)
+    def logits(self, ids: Tensor, packed: Packed) -> Tensor:
+        """ids (B, T) -> (n, V)."""
+        return self.model(ids, packed=packed)
 
 
 class TransformersModel:
-    """Any causal model of transformers, by its folder or its name on the hub. Raises ConfigError, CheckpointError."""
+    """Any causal model of transformers, by its folder or its name on the hub. Raises ConfigError, CheckpointError.
+
+    Not every architecture can be told what sees what: here each row has one text, and no more is shared than the rows.
+    """
+
+    shares = False
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
         self.tokenizer = t = from_transformers("AutoTokenizer", name)
@@ -81,34 +75,14 @@ class TransformersModel:
         lengths = [getattr(c, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         self.max_length = next((int(n) for n in lengths if n), min(t.model_max_length, 2048))
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.shares = self._continues()
-
-    @torch.inference_mode()
-    def _continues(self) -> bool:
-        """Not every architecture takes several ids at once behind its cache, and some then compute something else."""
-        ids, row = torch.arange(100, 108, device=self.device)[None], torch.zeros(4, dtype=torch.long).to(self.device)
-        whole, at = self.model(ids).logits[0, 4:], (row, torch.arange(4, device=self.device))
-        try:
-            found = self.logits(ids[:, 4:], self.read(ids[:, :4], 4), row[:1], at)
-            return torch.allclose(found, whole, rtol=0.05, atol=0.5)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return list(self.tokenizer(texts, verbose=False)["input_ids"])
 
-    def read(self, ids: Tensor, room: int) -> Any:
-        return self.model.base_model(ids, use_cache=True).past_key_values
-
-    def logits(self, ids: Tensor, cache: Any, rows: Tensor, at: At) -> Tensor:
-        if cache is not None:
-            cache = copy.copy(cache)
-            cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(rows)
-        T, options = ids.size(1), {"past_key_values": cache, "use_cache": cache is not None}
-        if self.keeps:
-            options["logits_to_keep"] = T - int(at[1].min())
-        logits: Tensor = self.model(ids, **options).logits[at[0], at[1] - T]  # counted from the end
+    def logits(self, ids: Tensor, packed: Packed) -> Tensor:
+        T, (rows, places) = ids.size(1), packed.at
+        options = {"logits_to_keep": T - int(places.min())} if self.keeps else {}
+        logits: Tensor = self.model(ids, use_cache=False, **options).logits[rows, places - T]  # counted from the end
         return logits
 
 
@@ -160,29 +134,34 @@ def answers_of(
     """The Answers of each document. run(work, batches): the results of work(batch), of each. Raises DataError."""
     # Ids that the model reads at once: model.py's figures for rows of logits, whose reasons are the same here.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
-    batches = list(batches_of(rows_of(documents, model), BATCH * tokens))
+    questions = rows_of(documents, model)
+    if not model.shares:
+        questions = [[row] for rows in questions for row in rows]
+    filled = sorted(fill(questions, ROW if model.shares else 0), key=length, reverse=True)
+    batches = list(portions(filled, tokens, length))
     answers: dict[tuple[int, int], Answer] = {}
-    for scored in run(lambda batch: score(batch, model, tokens), batches):
+    for scored in run(lambda batch: score(batch, model), batches):
         answers |= scored
     return [[answers[n, i] for i in range(len(document.contexts))] for n, document in enumerate(documents)]
 
 
-def batches_of(documents: list[list[Row]], room: int) -> Iterator[list[list[Row]]]:
-    """Documents that share about as much, with about `room` ids to read. (What one shares beyond the least of its
-    batch, each of its rows reads for itself.)"""
-    batch: list[list[Row]] = []
-    size = 0
-    for rows in sorted(documents, key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True):
-        shared = rows[0].shared
-        ids = shared + sum(len(row.ids) - shared for row in rows)
-        again = (batch[-1][0].shared - shared) * sum(len(same) - 1 for same in batch) if batch else 0
-        if batch and (size + ids > room or again > AGAIN):
-            yield batch
-            batch, size = [], 0
-        batch.append(rows)
-        size += ids
-    if batch:
-        yield batch
+def size(rows: list[Row]) -> int:
+    """Ids of a document: what its rows share, once, and what follows of each."""
+    return rows[0].shared + sum(len(row.ids) - rows[0].shared for row in rows)
+
+
+def length(documents: list[list[Row]]) -> int:
+    return sum(map(size, documents))
+
+
+def fill(documents: list[list[Row]], room: int) -> Iterator[list[list[Row]]]:
+    """Documents that together have at most `room` ids: the largest left, and as many of the smallest as fit."""
+    left = deque(sorted(documents, key=size, reverse=True))
+    while left:
+        together = [left.popleft()]
+        while left and length(together) + size(left[-1]) <= room:
+            together.append(left.pop())
+        yield together
 
 
 def portions(items: list[T], room: int, size: Callable[[T], int]) -> Iterator[list[T]]:
@@ -219,42 +198,38 @@ def rows_of(documents: Sequence[Document], model: Model) -> list[list[Row]]:
 
 
 @torch.inference_mode()
-def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, int], Answer]:
-    """(document, answer) -> Answer, with logits for about `tokens` ids at a time.
-
-    As many ids are cached as the document that shares least has: nothing in the cache is padding.
-    """
-
-    def padded(rows: list[list[int]]) -> Tensor:  # behind: the model is causal, so it changes nothing
-        width = max(map(len, rows))
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-
-    P, block = min(rows[0].shared for rows in batch), 16 if model.device.type == "cpu" else tokens
-    rows = sorted(((b, row) for b, same in enumerate(batch) for row in same), key=lambda pair: -len(pair[1].ids))
-    cache = model.read(padded([same[0].ids[:P] for same in batch]), len(rows[0][1].ids) - P) if P else None
-    answers: dict[tuple[int, int], Answer] = {}
-    for chunk in portions(rows, tokens, lambda pair: len(pair[1].ids) - P):
-        which = torch.tensor([b for b, _ in chunk], device=model.device)
-        places: list[tuple[int, int, int]] = []  # (row, position, wanted id) of all answers
-        spans: dict[tuple[int, int], slice] = {}  # where each one's are
-        for i, (_, row) in enumerate(chunk):
-            for answer, continuation in row.answers:
-                start = len(row.ids) - P - len(continuation)
-                spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
-                places += [(i, start + j, token) for j, token in enumerate(continuation)]
-        r, t, ids = torch.tensor(places, device=model.device).unbind(1)
-        logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which, (r, t))  # (n, V)
-        parts = []
-        # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
-        for few, wanted in zip(logits.split(block), ids.split(block), strict=True):
-            found = few.float()
-            chosen = found.gather(1, wanted[:, None])[:, 0]
-            first = chosen == found.amax(dim=1)
-            first[first.clone()] = found[first].argmax(dim=1) == wanted[first]  # of equals the first is the choice
-            parts.append(torch.stack((chosen - found.logsumexp(dim=1), first)).cpu().double())
-        values, greedy = torch.cat(parts, dim=1)
-        answers |= {key: Answer(float(values[s].sum()), bool(greedy[s].all())) for key, s in spans.items()}
-    return answers
+def score(batch: list[list[list[Row]]], model: Model) -> dict[tuple[int, int], Answer]:
+    """(document, answer) -> Answer, of the documents in each row of the batch."""
+    lines: list[list[tuple[int, int, int, int]]] = []  # of each row: (id, position, document, branch) of each place
+    places: list[tuple[int, int, int]] = []  # (row, place, wanted id) of all answers
+    spans: dict[tuple[int, int], slice] = {}  # where each one's are
+    for r, documents in enumerate(batch):
+        lines.append([])
+        for d, rows in enumerate(documents):
+            P = rows[0].shared
+            lines[r] += [(token, t, d, 0) for t, token in enumerate(rows[0].ids[:P])]
+            for b, row in enumerate(rows, 1):
+                lines[r] += [(token, t, d, b) for t, token in enumerate(row.ids[P:], P)]
+                for answer, continuation in row.answers:
+                    spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
+                    places += [(r, t, token) for t, token in enumerate(continuation, len(lines[r]) - len(continuation))]
+    T, nothing = max(map(len, lines)), (0, 0, -1, -1)  # what pads a row sees only itself, and nobody sees it
+    table = torch.tensor([line + [nothing] * (T - len(line)) for line in lines], device=model.device)
+    ids, positions, document, branch = table.unbind(2)  # (B, T)
+    sees = (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
+    mask = (sees & (document[:, :, None] == document[:, None])).tril()[:, None]
+    row, place, token = torch.tensor(places, device=model.device).unbind(1)
+    logits = model.logits(ids, Packed(positions, mask, (row, place)))  # (n, V)
+    # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
+    parts, few = [], 16 if model.device.type == "cpu" else ROWS_OF_LOGITS_ON_CUDA
+    for some, wanted in zip(logits.split(few), token.split(few), strict=True):
+        found = some.float()
+        chosen = found.gather(1, wanted[:, None])[:, 0]
+        first = chosen == found.amax(dim=1)
+        first[first.clone()] = found[first].argmax(dim=1) == wanted[first]  # of equals the first is the choice
+        parts.append(torch.stack((chosen - found.logsumexp(dim=1), first)).cpu().double())
+    values, greedy = torch.cat(parts, dim=1)
+    return {key: Answer(float(values[s].sum()), bool(greedy[s].all())) for key, s in spans.items()}
 
 
 def summary(documents: Sequence[Document], answers: Sequence[Sequence[Answer]], normalised: bool) -> dict[str, Any]:
