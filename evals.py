@@ -145,15 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
         if not isinstance(subject, OwnModel):
             raise ConfigError("--held_out_of is for models in our GPT, and this one is in transformers; leave it out")
-        model, tokenizer, settings = subject.model, subject.tokenizer, read_config(run)
+        model, tokenizer, its = subject.model, subject.tokenizer, read_config(run)
         data_config = dataclasses.replace(
-            settings.data,
-            val_tokens=arguments.val_tokens or settings.data.val_tokens,
-            local_files=arguments.local_files or settings.data.local_files,
-            shards_dir=arguments.shards_dir or settings.data.shards_dir,
+            its.data,
+            val_tokens=arguments.val_tokens or its.data.val_tokens,
+            local_files=arguments.local_files or its.data.local_files,
+            shards_dir=arguments.shards_dir or its.data.shards_dir,
         )
-        length = min(settings.model.max_length, model.config.max_length)
-        data = DatasetPrep(data_config, length, settings.data.n_streams, tokenizer=tokenizer)
+        length = min(its.model.max_length, model.config.max_length)
+        data = DatasetPrep(data_config, length, its.data.n_streams, tokenizer=tokenizer)
         trained_on = read_state(run)["data"]["identity"]
         for name, value in data.identity().items():
             if trained_on.get(name) != value:

@@ -168,7 +168,7 @@ class Packed(NamedTuple):
     """Where several texts stand in one row of ids. They may share their beginnings, as branches of a tree do."""
 
     positions: Tensor  # (B, T), each id's in its own text
-    mask: Tensor  # (B, 1, T, T): whether an id looks at another
+    mask: Tensor | None  # (B, 1, T, T): whether an id looks at another; None: at all before it
     at: tuple[Tensor, Tensor]  # rows (n,) and places in them (n,) whose logits are wanted
 
 

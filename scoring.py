@@ -32,7 +32,7 @@ from tasks import Document
 from tokenizer import Tokenizer
 
 # Ids in a row of several questions: attention computes T x T, most of it masked; shorter ones would be filled worse.
-ROW = 256
+ROW = 128
 
 T = TypeVar("T")
 
@@ -74,10 +74,14 @@ class TransformersModel:
         c = getattr(self.model.config, "text_config", None) or self.model.config
         lengths = [getattr(c, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         self.max_length = next((int(n) for n in lengths if n), min(t.model_max_length, 2048))
+        self.rows_of_embedding = self.model.get_input_embeddings().weight.size(0)
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, verbose=False)["input_ids"])
+        every = list(self.tokenizer(texts, verbose=False)["input_ids"])
+        if (largest := max(map(max, filter(None, every)), default=0)) >= (n := self.rows_of_embedding):
+            raise CheckpointError(f"its tokenizer gives id {largest}, and the model has {n}: it is another model's")
+        return every
 
     def logits(self, ids: Tensor, packed: Packed) -> Tensor:
         T, (rows, places) = ids.size(1), packed.at
@@ -105,8 +109,9 @@ def from_transformers(kind: str, name: str, **options: Any) -> Any:
         raise ConfigError(f"{name} is a model for transformers; pip install transformers==5.23.0") from None
     try:
         return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"transformers cannot load {name}: {str(error).partition(chr(10))[0]}") from None
+    except Exception as error:  # each library below has its own: for a damaged file, a package that is missing
+        reason = (str(error).strip() or repr(error)).partition("\n")[0]
+        raise CheckpointError(f"transformers cannot load {name}: {reason}") from None
 
 
 def first_of(tokenizer: Any) -> int:
@@ -137,8 +142,12 @@ def answers_of(
     questions = rows_of(documents, model)
     if not model.shares:
         questions = [[row] for rows in questions for row in rows]
-    filled = sorted(fill(questions, ROW if model.shares else 0), key=length, reverse=True)
-    batches = list(portions(filled, tokens, length))
+    alone, several = [[rows] for rows in questions if len(rows) == 1], [rows for rows in questions if len(rows) > 1]
+    batches = [
+        batch
+        for filled in (alone, [*fill(several, ROW)])
+        for batch in portions(sorted(filled, key=length, reverse=True), tokens, length)
+    ]
     answers: dict[tuple[int, int], Answer] = {}
     for scored in run(lambda batch: score(batch, model), batches):
         answers |= scored
@@ -216,10 +225,12 @@ def score(batch: list[list[list[Row]]], model: Model) -> dict[tuple[int, int], A
     T, nothing = max(map(len, lines)), (0, 0, -1, -1)  # what pads a row sees only itself, and nobody sees it
     table = torch.tensor([line + [nothing] * (T - len(line)) for line in lines], device=model.device)
     ids, positions, document, branch = table.unbind(2)  # (B, T)
-    sees = (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
-    mask = (sees & (document[:, :, None] == document[:, None])).tril()[:, None]
-    row, place, token = torch.tensor(places, device=model.device).unbind(1)
-    logits = model.logits(ids, Packed(positions, mask, (row, place)))  # (n, V)
+    mask = None  # a single text in each row: attention is causal, which is faster without one
+    if any(len(documents) > 1 or len(documents[0]) > 1 for documents in batch):
+        sees = (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
+        mask = (sees & (document[:, :, None] == document[:, None])).tril()[:, None]
+    at_row, at_place, token = torch.tensor(places, device=model.device).unbind(1)
+    logits = model.logits(ids, Packed(positions, mask, (at_row, at_place)))  # (n, V)
     # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
     parts, few = [], 16 if model.device.type == "cpu" else ROWS_OF_LOGITS_ON_CUDA
     for some, wanted in zip(logits.split(few), token.split(few), strict=True):
@@ -245,7 +256,8 @@ def summary(documents: Sequence[Document], answers: Sequence[Sequence[Answer]], 
         correct["acc"].append(each[0].greedy if cloze else bool(values.argmax() == document.label))
         if normalised:
             characters = [len(text) - 1 for text in document.continuations]
-            correct["acc_norm"].append(bool((values / characters).argmax() == document.label))
+            with np.errstate(divide="ignore"):  # of an empty answer: -inf, as in lm_eval
+                correct["acc_norm"].append(bool((values / characters).argmax() == document.label))
     chance = 0.0 if cloze else float(np.mean([1 / len(document.contexts) for document in documents]))
     result: dict[str, Any] = {"n": len(documents), "chance": chance}
     for metric, right in correct.items():

@@ -301,6 +301,7 @@ IMPORTS: list[dict[str, Any]] = [
 def test_an_imported_model_computes_what_it_did(hub_model: Save, fields: dict[str, Any], capsys: Any, tmp_path: Path):
     folder = hub_model(**fields)
     ours, tokenizer, config, step = load_model(folder)
+    assert (ours.head.weight is ours.embedding.weight) == fields.get("tie_word_embeddings", False)
     theirs = in_transformers(folder)
     ids = torch.cat((IDS, IDS.flip(1), IDS), dim=1)
     expected = theirs(ids).logits

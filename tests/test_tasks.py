@@ -162,7 +162,7 @@ def check_against_naive(model: Any, forward: Any) -> None:
     twins = answers_of(asked, model)[-4]
     assert twins[0] == twins[1]  # exactly: of equals the first one wins
     if model.shares:
-        assert sum(rows[0].shared > 0 for rows in rows_of(asked, model)) > len(asked) // 2
+        assert sum(rows[0].shared > 0 for rows in rows_of(asked, model)) > len(asked) // 3
 
 
 @pytest.mark.parametrize("heads", [{}, {"n_kv_heads": 2}, {"mlp": "relu2"}])
@@ -188,11 +188,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_transformers(config: Any, folder: Path) -> Path:
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer, as_bytes = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer, alphabet = as_bytes, as_bytes.alphabet()
+    tokenizer.pre_tokenizer, tokenizer.decoder, alphabet = as_bytes, decoders.ByteLevel(), as_bytes.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([GETTYSBURG], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
