@@ -257,13 +257,14 @@ def comparison(these: dict[str, dict[str, Any]], others: dict[str, dict[str, Any
         rows.append(("mean", this, other, other - this, error, p))
     lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
     for name, this, other, difference, error, p in rows:
-        verdict = "noise" if p > SIGNIFICANT / len(rows) else "better" if difference > 0 else "worse"
+        verdict = "noise" if p > SIGNIFICANT / len(rows) else "other better" if difference > 0 else "this better"
         lines.append(
             f"{name:<24}{this:>9.1%}{other:>9.1%}{f'{difference:+.1%} +- {error:.1%}':>20}{p:>9.4f}  {verdict}"
         )
     lines += [
         f"{name:<24} not compared: the other was not asked these documents" for name in these if name not in common
     ]
+    lines.append(f"noise: equally good models differ as much in more than one of {1 / SIGNIFICANT:.0f} comparisons")
     return "\n".join(lines)
 
 
