@@ -158,8 +158,8 @@ def like(config: Config, parent: Config) -> Config:
         dataclasses.replace(model, max_length=length) for model in known
     ]:
         raise ConfigError(
-            "with --init_from the model's settings are those of its checkpoint; leave the --model options out, but for a "
-            "shorter --model.max_length"
+            "with --init_from the model's settings are those of its checkpoint; leave the --model options out, but "
+            "for a shorter --model.max_length"
         )
     model = dataclasses.replace(parent.model, max_length=min(config.model.max_length, length))
     tokenizer, n_vocab = parent.data.tokenizer, parent.data.bpe_vocab_size
