@@ -340,6 +340,8 @@ def _empty_model(config: Config, tokenizer: Tokenizer) -> GPT:
     with torch.device("meta"):
         model = GPT(config.model.resolved(tokenizer.n_vocab))
     model = model.to_empty(device="cpu")
+    if model.config.tie_embeddings:  # to_empty gives each name a tensor of its own
+        model.head.weight = model.embedding.weight
     model.init_rotary()
     return model
 

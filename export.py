@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode_token(eot).decode())
         names["tokenizer_class"] = "PreTrainedTokenizerFast"  # as versions 4 and 5 both know it
         write_json(folder / "tokenizer_config.json", names | {"model_max_length": c.max_length})
-        (folder / "README.md").write_text(model_card(path, out.name, model, config, arguments.gguf))
+        (folder / "README.md").write_text(model_card(path, out.name, model, tokenizer, config, arguments.gguf))
         try:
             weights = to_hub_weights(model.state_dict(), c)
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -190,7 +190,7 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
     return said
 
 
-def model_card(path: Path, name: str, model: GPT, config: Config, form: str) -> str:
+def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: Config, form: str) -> str:
     """README.md: what the model is, what it was trained on, what was measured, how to run it."""
     from checkpoint import is_hub_model, read_state
 
@@ -205,10 +205,23 @@ def model_card(path: Path, name: str, model: GPT, config: Config, form: str) -> 
             source = DATASETS[dataset]
             training += f"| {dataset} | {share:.0%} | {source.location} | {source.licence} |\n"
         results = path.parent / f"eval-{state['step']:08d}.json"
-        held_out = json.loads(results.read_text()).get("held_out") or {} if results.exists() else {}
+        measured = json.loads(results.read_text()) if results.exists() else {}
+        held_out, tasks = measured.get("held_out") or {}, measured.get("tasks") or {}
         training += "\n| held out | bits per byte | loss |\n|---|---|---|\n" if held_out else ""
         for dataset, score in held_out.items():
             training += f"| {dataset} | {score['bits_per_byte']:.4f} | {score['loss']:.4f} |\n"
+        training += "\n| task, 0-shot | documents | right | by guessing |\n|---|---|---|---|\n" if tasks else ""
+        for task, score in tasks.items():
+            metric = "acc_norm" if "acc_norm" in score else "acc"
+            error = score[f"{metric}_se"]  # None of a single document
+            right = f"{score[metric]:.1%}" + (f" +- {error:.1%}" if error else "")
+            training += f"| {task} | {score['n']:,} | {right} ({metric}) | {score['chance']:.1%} |\n"
+    run = f"`ollama create {name} -f Modelfile; ollama run {name}`\n" if form != "none" else ""
+    if run and tokenizer.name == "bpe":
+        run += """
+In training a number was cut into tokens of three digits at most. llama.cpp, and so Ollama, has no such rule: there a
+prompt's longer numbers, such as years, become other tokens than the model knows, and it goes on worse behind them.
+"""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -231,7 +244,7 @@ tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModelForCausalLM
 ids = tokenizer("The people", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=100, do_sample=True)[0]))
 ```
-{f"`ollama create {name} -f Modelfile; ollama run {name}`" if form != "none" else ""}
+{run}
 
 ## Licence
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +58,9 @@ def rotary_tables(head_dim: int, length: int, base: float) -> tuple[Tensor, Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + K/2) by position (RoFormer, arXiv:2104.09864, half-split as in Llama).
 
-    x (B, T, H, K); cos, sin (T, K/2). Returns x's shape and dtype.
+    x (B, T, H, K); cos, sin (T, K/2), or (B, T, K/2). Returns x's shape and dtype.
     """
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
 
@@ -164,6 +164,14 @@ class KVCache:
         self.values = self.values.repeat_interleave(batch, dim=1)
 
 
+class Packed(NamedTuple):
+    """Where several texts stand in one row of ids. They may share their beginnings, as branches of a tree do."""
+
+    positions: Tensor  # (B, T), each id's in its own text
+    mask: Tensor | None  # (B, 1, T, T): whether an id looks at another; None: at all before it
+    at: tuple[Tensor, Tensor]  # rows (n,) and places in them (n,) whose logits are wanted
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245) and, unless switched off, QK-norm
     (arXiv:2302.05442)."""
@@ -177,21 +185,23 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
         q, k, v = self.wqkv(x).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)  # (B, T, H or G, K)
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, T, K)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, G, T, K)
         v = v.transpose(1, 2)
-        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, S, K), S = seen + T
             if cache.seen > 0 and T > 1:  # query t may look at keys up to seen + t
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.seen)
         in_blocks = cache is None and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512
-        # Of CUDA's kernels for many queries only flash attention takes shared keys; without bf16 there may be none.
-        if G != H and (in_blocks or (q.is_cuda and q.dtype != torch.bfloat16 and T > 1)):
+        # Of CUDA's kernels for many queries only flash attention takes shared keys, and no mask; without bf16 there may
+        # be none.
+        if G != H and (in_blocks or (q.is_cuda and T > 1 and (q.dtype != torch.bfloat16 or mask is not None))):
             k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
         if in_blocks:
             y = BlockAttention.apply(q, k, v)
@@ -226,8 +236,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -279,19 +291,26 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=min(0.02, 5 / c.d_model) if c.tie_embeddings else 0.8)
 
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, last_only: bool = False
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        packed: Packed | None = None,
     ) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, V), or with targets (B, T) the summed nats as an fp32 scalar.
 
         A target of -1 does not count.
 
         cache: continue behind its positions, and add to it. last_only: logits of the last position, (B, 1, V).
-        Raises ValueError when the positions exceed max_length.
+        packed: the rows hold several texts each; -> (n, V). Raises ValueError when the positions exceed max_length.
         """
         start, T = cache.seen if cache else 0, ids.size(1)
-        if start + T > self.config.max_length:
-            raise ValueError(f"{start + T} tokens exceed the model's context of {self.config.max_length}")
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        end = start + T if packed is None else int(packed.positions.max()) + 1
+        if end > self.config.max_length:
+            raise ValueError(f"{end} tokens exceed the model's context of {self.config.max_length}")
+        here = slice(start, end) if packed is None else packed.positions
+        cos, sin, mask = self.cos[here], self.sin[here], () if packed is None else (packed.mask,)
         x = self.embedding(ids)  # (B, T, D)
         autocast = torch.is_autocast_enabled(x.device.type)
         products = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -302,11 +321,13 @@ class GPT(nn.Module):
             if again:
                 x = checkpoint(block, x, cos, sin, cache, layer, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, cache, layer)
+                x = block(x, cos, sin, cache, layer, *mask)
         if cache is not None:
             cache.seen += T
         if last_only:
             x = x[:, -1:]
+        if packed is not None:
+            x = x[packed.at]
         x = self.final_norm(x)
         if targets is None:
             logits: Tensor = self.head(x)

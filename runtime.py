@@ -175,14 +175,23 @@ def runs_out_of_memory(
 
 
 def like(config: Config, parent: Config) -> Config:
-    """The configuration with another's model settings and tokenizer, for weights that come from there."""
-    if config.model not in (parent.model, *(preset.model for preset in PRESETS.values())):
+    """The configuration with another's model settings and tokenizer, for weights that come from there.
+
+    Its context may be shorter: rotary positions are computed, not learned.
+    """
+    length = parent.model.max_length
+    known = (parent.model, *(preset.model for preset in PRESETS.values()))
+    if dataclasses.replace(config.model, max_length=length) not in [
+        dataclasses.replace(model, max_length=length) for model in known
+    ]:
         raise ConfigError(
-            "with --init_from the model's settings are those of its checkpoint; leave the --model options out"
+            "with --init_from the model's settings are those of its checkpoint; leave the --model options out, but "
+            "for a shorter --model.max_length"
         )
+    model = dataclasses.replace(parent.model, max_length=min(config.model.max_length, length))
     tokenizer, n_vocab = parent.data.tokenizer, parent.data.bpe_vocab_size
     data = dataclasses.replace(config.data, tokenizer=tokenizer, bpe_vocab_size=n_vocab)
-    return dataclasses.replace(config, model=parent.model, data=data)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def name_suspects(

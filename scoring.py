@@ -1,16 +1,19 @@
 """How likely a model finds given continuations: what lm_eval's `loglikelihood` computes, in fewer products.
 
 The same ids, cut from the left to the context's length in the same way, and the same ties. But what the answers to a
-question share is read once, into a KV cache, and the head sees only what follows.
+question share is read once, nothing is padded while there is another question to fill the row, and the head sees only
+the places that an answer is read from.
 
-Shapes: B questions, R rows, P ids that a question's rows share, T ids behind them, V vocabulary.
+Shapes: B rows, T ids in each, n places, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
+import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,91 +22,101 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, is_hub_model, load_model
 from errors import ConfigError
 from hub import DataError
 from metrics import mean_and_error
-from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, KVCache
+from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, Packed
 from sampling import encode_prompt
 from tasks import Document
 from tokenizer import Tokenizer
+
+# Ids in a row of several questions: attention computes T x T, most of it masked; shorter ones would be filled worse.
+ROW = 128
 
 T = TypeVar("T")
 
 
 class OwnModel:
-    """A model of train.py. Its texts begin with end-of-text, as in training."""
+    """Our GPT. Its texts begin with end-of-text, as in training; an imported model's as transformers begins them.
+
+    theirs: transformers' tokenizer of the latter.
+    """
 
     shares = True
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.device = model, tokenizer, model.device
-        self.max_length, self.first_id = model.config.max_length, tokenizer.eot_id
+    def __init__(self, model: GPT, tokenizer: Tokenizer, theirs: Any = None):
+        self.model, self.tokenizer, self.theirs, self.device = model, tokenizer, theirs, model.device
+        self.max_length, self.first_id = model.config.max_length, first_of(theirs) if theirs else tokenizer.eot_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        if self.theirs:
+            return list(self.theirs(texts, verbose=False)["input_ids"])
         return [encode_prompt(text, self.tokenizer) for text in texts]
 
-    def read(self, ids: Tensor, room: int) -> KVCache:
-        """ids (B, P) -> their keys and values, with room for so many more behind."""
-        B, P = ids.shape
-        cache = KVCache(self.model.config, B, P + room, self.device, self.model.embedding.weight.dtype)
-        self.model(ids, cache=cache, last_only=True)
-        return cache
-
-    def logits(self, ids: Tensor, cache: KVCache | None, rows: Tensor) -> Tensor:
-        """ids (R, T), each behind that row of the cache which rows (R,) names -> (R, T, V)."""
-        if cache is not None:
-            cache = copy.copy(cache)
-            cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-        return self.model(ids, cache=cache)
+    def logits(self, ids: Tensor, packed: Packed) -> Tensor:
+        """ids (B, T) -> (n, V)."""
+        return self.model(ids, packed=packed)
 
 
 class TransformersModel:
-    """Any causal model of transformers, by its folder or its name on the hub. Raises ConfigError, CheckpointError."""
+    """Any causal model of transformers, by its folder or its name on the hub. Raises ConfigError, CheckpointError.
+
+    Not every architecture can be told what sees what: here each row has one text, and no more is shared than the rows.
+    """
+
+    shares = False
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            raise ConfigError(f"{name} is a model for transformers; pip install transformers==5.23.0") from None
-        try:
-            self.tokenizer = t = AutoTokenizer.from_pretrained(name)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"transformers cannot load {name}: {str(error).partition(chr(10))[0]}") from None
-        self.model = loaded.to(device).eval()
-        self.device, self.first_id = device, t.eos_token_id if t.bos_token_id is None else t.bos_token_id
+        self.tokenizer = t = from_transformers("AutoTokenizer", name)
+        self.model = from_transformers("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
+        self.device, self.first_id = device, first_of(t)
         c = getattr(self.model.config, "text_config", None) or self.model.config
         lengths = [getattr(c, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         self.max_length = next((int(n) for n in lengths if n), min(t.model_max_length, 2048))
-        self.shares = self._continues()
-
-    @torch.inference_mode()
-    def _continues(self) -> bool:
-        """Not every architecture takes several ids at once behind its cache, and some then compute something else."""
-        ids, row = torch.arange(100, 108, device=self.device)[None], torch.zeros(1, dtype=torch.long).to(self.device)
-        whole = self.model(ids).logits[:, 4:]
-        try:
-            return torch.allclose(self.logits(ids[:, 4:], self.read(ids[:, :4], 4), row), whole, rtol=0.05, atol=0.5)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False
+        self.rows_of_embedding = self.model.get_input_embeddings().weight.size(0)
+        self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, verbose=False)["input_ids"])
+        every = list(self.tokenizer(texts, verbose=False)["input_ids"])
+        if (largest := max(map(max, filter(None, every)), default=0)) >= (n := self.rows_of_embedding):
+            raise CheckpointError(f"its tokenizer gives id {largest}, and the model has {n}: it is another model's")
+        return every
 
-    def read(self, ids: Tensor, room: int) -> Any:
-        return self.model.base_model(ids, use_cache=True).past_key_values
-
-    def logits(self, ids: Tensor, cache: Any, rows: Tensor) -> Tensor:
-        if cache is not None:
-            cache = copy.copy(cache)
-            cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(rows)
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=cache is not None).logits
+    def logits(self, ids: Tensor, packed: Packed) -> Tensor:
+        T, (rows, places) = ids.size(1), packed.at
+        options = {"logits_to_keep": T - int(places.min())} if self.keeps else {}
+        logits: Tensor = self.model(ids, use_cache=False, **options).logits[rows, places - T]  # counted from the end
         return logits
 
 
 Model = OwnModel | TransformersModel
+
+
+def hub_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model of Hugging Face's: in our GPT, which is faster, if it is a folder that can be imported; or else in
+    transformers. Raises ConfigError, CheckpointError."""
+    if is_hub_model(Path(name)):
+        with contextlib.suppress(CheckpointError):  # of another family
+            return OwnModel(*load_model(name, device, dtype)[:2], from_transformers("AutoTokenizer", name))
+    return TransformersModel(name, device, dtype)
+
+
+def from_transformers(kind: str, name: str, **options: Any) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(f"{name} is a model for transformers; pip install transformers==5.23.0") from None
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except Exception as error:  # each library below has its own: for a damaged file, a package that is missing
+        reason = (str(error).strip() or repr(error)).partition("\n")[0]
+        raise CheckpointError(f"transformers cannot load {name}: {reason}") from None
+
+
+def first_of(tokenizer: Any) -> int:
+    """What stands before an empty text, as in lm_eval."""
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
 class Answer(NamedTuple):
@@ -124,14 +137,40 @@ def answers_of(
     documents: Sequence[Document], model: Model, run: Callable[..., Iterable[Any]] = map
 ) -> list[list[Answer]]:
     """The Answers of each document. run(work, batches): the results of work(batch), of each. Raises DataError."""
-    # Ids whose logits are made at once: model.py's figures, whose reasons are the same here.
+    # Ids that the model reads at once: model.py's figures for rows of logits, whose reasons are the same here.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
-    same = sorted(rows_of(documents, model), key=lambda rows: (rows[0].shared, len(rows[0].ids)), reverse=True)
-    batches = list(portions(same, tokens, lambda rows: rows[0].shared + sum(len(r.ids) - r.shared for r in rows)))
+    questions = rows_of(documents, model)
+    if not model.shares:
+        questions = [[row] for rows in questions for row in rows]
+    alone, several = [[rows] for rows in questions if len(rows) == 1], [rows for rows in questions if len(rows) > 1]
+    batches = [
+        batch
+        for filled in (alone, [*fill(several, ROW)])
+        for batch in portions(sorted(filled, key=length, reverse=True), tokens, length)
+    ]
     answers: dict[tuple[int, int], Answer] = {}
-    for scored in run(lambda batch: score(batch, model, tokens), batches):
+    for scored in run(lambda batch: score(batch, model), batches):
         answers |= scored
     return [[answers[n, i] for i in range(len(document.contexts))] for n, document in enumerate(documents)]
+
+
+def size(rows: list[Row]) -> int:
+    """Ids of a document: what its rows share, once, and what follows of each."""
+    return rows[0].shared + sum(len(row.ids) - rows[0].shared for row in rows)
+
+
+def length(documents: list[list[Row]]) -> int:
+    return sum(map(size, documents))
+
+
+def fill(documents: list[list[Row]], room: int) -> Iterator[list[list[Row]]]:
+    """Documents that together have at most `room` ids: the largest left, and as many of the smallest as fit."""
+    left = deque(sorted(documents, key=size, reverse=True))
+    while left:
+        together = [left.popleft()]
+        while left and length(together) + size(left[-1]) <= room:
+            together.append(left.pop())
+        yield together
 
 
 def portions(items: list[T], room: int, size: Callable[[T], int]) -> Iterator[list[T]]:
@@ -162,46 +201,46 @@ def rows_of(documents: Sequence[Document], model: Model) -> list[list[Row]]:
         first, last = min(answers_to), max(answers_to)  # what these two begin with, all that lie between do
         limit = min(len(ids) - len(c) for ids, answers in answers_to.items() for _, c in answers)
         shared = next((i for i, (a, b) in enumerate(zip(first[:limit], last, strict=False)) if a != b), limit)
-        documents_rows.append([Row(n, shared * model.shares, list(ids), a) for ids, a in answers_to.items()])
+        shared *= model.shares and len(answers_to) > 1
+        documents_rows.append([Row(n, shared, list(ids), a) for ids, a in answers_to.items()])
     return documents_rows
 
 
 @torch.inference_mode()
-def score(batch: list[list[Row]], model: Model, tokens: int) -> dict[tuple[int, int], Answer]:
-    """(document, answer) -> Answer, with logits for about `tokens` ids at a time.
-
-    As many ids are cached as the document that shares least has: nothing in the cache is padding.
-    """
-
-    def padded(rows: list[list[int]]) -> Tensor:  # behind: the model is causal, so it changes nothing
-        width = max(map(len, rows))
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-
-    P, block = min(rows[0].shared for rows in batch), 16 if model.device.type == "cpu" else tokens
-    rows = sorted(((b, row) for b, same in enumerate(batch) for row in same), key=lambda pair: -len(pair[1].ids))
-    cache = model.read(padded([same[0].ids[:P] for same in batch]), len(rows[0][1].ids) - P) if P else None
-    answers: dict[tuple[int, int], Answer] = {}
-    for chunk in portions(rows, tokens, lambda pair: len(pair[1].ids) - P):
-        which = torch.tensor([b for b, _ in chunk], device=model.device)
-        logits = model.logits(padded([row.ids[P:] for _, row in chunk]), cache, which)  # (R, T, V)
-        places: list[tuple[int, int, int]] = []  # (row, position, wanted id) of all answers
-        spans: dict[tuple[int, int], slice] = {}  # where each one's are
-        for i, (_, row) in enumerate(chunk):
-            for answer, continuation in row.answers:
-                start = len(row.ids) - P - len(continuation)
-                spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
-                places += [(i, start + j, wanted) for j, wanted in enumerate(continuation)]
-        parts = []
-        # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
-        for r, t, wanted in map(Tensor.unbind, torch.tensor(places).T.to(model.device).split(block, dim=1)):
-            found = logits[r, t].float()  # (n, V)
-            chosen = found[torch.arange(len(r), device=r.device), wanted]
-            first = chosen == found.amax(dim=1)
-            first[first.clone()] = found[first].argmax(dim=1) == wanted[first]  # of equals the first is the choice
-            parts.append(torch.stack((chosen - found.logsumexp(dim=1), first)).cpu().double())
-        values, greedy = torch.cat(parts, dim=1)
-        answers |= {key: Answer(float(values[s].sum()), bool(greedy[s].all())) for key, s in spans.items()}
-    return answers
+def score(batch: list[list[list[Row]]], model: Model) -> dict[tuple[int, int], Answer]:
+    """(document, answer) -> Answer, of the documents in each row of the batch."""
+    lines: list[list[tuple[int, int, int, int]]] = []  # of each row: (id, position, document, branch) of each place
+    places: list[tuple[int, int, int]] = []  # (row, place, wanted id) of all answers
+    spans: dict[tuple[int, int], slice] = {}  # where each one's are
+    for r, documents in enumerate(batch):
+        lines.append([])
+        for d, rows in enumerate(documents):
+            P = rows[0].shared
+            lines[r] += [(token, t, d, 0) for t, token in enumerate(rows[0].ids[:P])]
+            for b, row in enumerate(rows, 1):
+                lines[r] += [(token, t, d, b) for t, token in enumerate(row.ids[P:], P)]
+                for answer, continuation in row.answers:
+                    spans[row.document, answer] = slice(len(places), len(places) + len(continuation))
+                    places += [(r, t, token) for t, token in enumerate(continuation, len(lines[r]) - len(continuation))]
+    T, nothing = max(map(len, lines)), (0, 0, -1, -1)  # what pads a row sees only itself, and nobody sees it
+    table = torch.tensor([line + [nothing] * (T - len(line)) for line in lines], device=model.device)
+    ids, positions, document, branch = table.unbind(2)  # (B, T)
+    mask = None  # a single text in each row: attention is causal, which is faster without one
+    if any(len(documents) > 1 or len(documents[0]) > 1 for documents in batch):
+        sees = (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
+        mask = (sees & (document[:, :, None] == document[:, None])).tril()[:, None]
+    at_row, at_place, token = torch.tensor(places, device=model.device).unbind(1)
+    logits = model.logits(ids, Packed(positions, mask, (at_row, at_place)))  # (n, V)
+    # A CPU wants few logits at a time, for its caches, and takes ten times as long for an argmax as for a maximum.
+    parts, few = [], 16 if model.device.type == "cpu" else ROWS_OF_LOGITS_ON_CUDA
+    for some, wanted in zip(logits.split(few), token.split(few), strict=True):
+        found = some.float()
+        chosen = found.gather(1, wanted[:, None])[:, 0]
+        first = chosen == found.amax(dim=1)
+        first[first.clone()] = found[first].argmax(dim=1) == wanted[first]  # of equals the first is the choice
+        parts.append(torch.stack((chosen - found.logsumexp(dim=1), first)).cpu().double())
+    values, greedy = torch.cat(parts, dim=1)
+    return {key: Answer(float(values[s].sum()), bool(greedy[s].all())) for key, s in spans.items()}
 
 
 def summary(documents: Sequence[Document], answers: Sequence[Sequence[Answer]], normalised: bool) -> dict[str, Any]:
@@ -217,7 +256,8 @@ def summary(documents: Sequence[Document], answers: Sequence[Sequence[Answer]], 
         correct["acc"].append(each[0].greedy if cloze else bool(values.argmax() == document.label))
         if normalised:
             characters = [len(text) - 1 for text in document.continuations]
-            correct["acc_norm"].append(bool((values / characters).argmax() == document.label))
+            with np.errstate(divide="ignore"):  # of an empty answer: -inf, as in lm_eval
+                correct["acc_norm"].append(bool((values / characters).argmax() == document.label))
     chance = 0.0 if cloze else float(np.mean([1 / len(document.contexts) for document in documents]))
     result: dict[str, Any] = {"n": len(documents), "chance": chance}
     for metric, right in correct.items():

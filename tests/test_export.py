@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -137,11 +138,15 @@ def test_every_configuration_that_is_exported_comes_back_as_it_was():
 
 def test_the_card_says_what_the_model_was_trained_on_and_how_it_did(saved: Save, tmp_path: Path):
     source, out = saved(), tmp_path / "out"
-    write_json(source.parent / "eval-00000007.json", {"held_out": {"SOTU": {"bits_per_byte": 1.2345, "loss": 4.3}}})
+    measured: dict[str, Any] = {"held_out": {"SOTU": {"bits_per_byte": 1.2345, "loss": 4.3}}}
+    measured["tasks"] = {"piqa": {"n": 1838, "acc": 0.1, "acc_norm": 0.525, "acc_norm_se": 0.0116, "chance": 0.5}}
+    write_json(source.parent / "eval-00000007.json", measured)
     export.main([str(source.parent), str(out), "--gguf", "f16"])
     card = (out / "README.md").read_text()
     for words in ("0.1M tokens in 7 steps", "| SOTU | 70% |", "public domain", "| SOTU | 1.2345 | 4.3000 |"):
         assert words in card
+    assert "| piqa | 1,838 | 52.5% +- 1.2% (acc_norm) | 50.0% |" in card
+    assert "llama.cpp, and so Ollama, has no such rule" in card  # for numbers, of which this tokenizer has one
     assert (out / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\n")
     names = "README.md Modelfile config.json model-f16.gguf model.safetensors tokenizer.json tokenizer_config.json"
     assert names_in(out) == set(names.split())
@@ -296,6 +301,7 @@ IMPORTS: list[dict[str, Any]] = [
 def test_an_imported_model_computes_what_it_did(hub_model: Save, fields: dict[str, Any], capsys: Any, tmp_path: Path):
     folder = hub_model(**fields)
     ours, tokenizer, config, step = load_model(folder)
+    assert (ours.head.weight is ours.embedding.weight) == fields.get("tie_word_embeddings", False)
     theirs = in_transformers(folder)
     ids = torch.cat((IDS, IDS.flip(1), IDS), dim=1)
     expected = theirs(ids).logits
@@ -361,7 +367,9 @@ def test_a_tokenizer_that_is_not_of_bytes_is_refused(hub_model: Save):
         load_model(folder)
 
 
-def test_an_imported_model_is_trained_further_with_its_tokenizer(hub_model: Save, tmp_path: Path):
+def test_an_imported_model_is_trained_further_with_its_tokenizer_and_in_a_shorter_context(
+    hub_model: Save, tmp_path: Path
+):
     imported, tokenizer, *_ = load_model(hub_model(tie_word_embeddings=True))
     options = f"--preset smoke --init_from {tmp_path / 'theirs'} --train.out_dir {tmp_path} --train.max_steps 2"
     options += f" --train.warmup_tokens 0 --train.no_compile --data.cache_dir {tmp_path}"
@@ -369,7 +377,8 @@ def test_an_imported_model_is_trained_further_with_its_tokenizer(hub_model: Save
     done = subprocess.run([sys.executable, str(script), *options.split()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     trained, its_tokenizer, *_ = load_model(tmp_path / "smoke")
-    assert (trained.config, its_tokenizer.fingerprint) == (imported.config, tokenizer.fingerprint)
+    assert trained.config == dataclasses.replace(imported.config, max_length=64)  # as the preset says
+    assert its_tokenizer.fingerprint == tokenizer.fingerprint
     moved = (trained.embedding.weight - imported.embedding.weight).abs().max()
     assert 0 < moved < 0.5 * imported.embedding.weight.abs().max()
     export.main([str(tmp_path / "smoke"), str(tmp_path / "out")])

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, GPTConfig, TrainingConfig
 from hardware import peak_flops
-from model import GPT, ROWS_OF_LOGITS, BlockAttention, HeadLoss, KVCache, rotary_tables, rotate
+from model import GPT, ROWS_OF_LOGITS, BlockAttention, HeadLoss, KVCache, Packed, rotary_tables, rotate
 from optim import build_optimizers
 
 Build = Callable[..., GPT]
@@ -116,6 +116,19 @@ def test_one_prompt_is_read_once_for_several_continuations(tiny_model: Build):
 def test_last_only_gives_the_last_positions_logits(tiny_model: Build):
     model, ids = tiny_model(), random_ids(2, 9)
     assert torch.allclose(model(ids, last_only=True), model(ids)[:, -1:], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_texts_that_share_a_row_and_a_beginning_are_as_alone(tiny_model: Build):
+    model, (a, b) = tiny_model(n_kv_heads=2), random_ids(2, 9)
+    whole, branch = model(torch.stack((a, b))), torch.cat((a[:4], b[4:]))  # the last begins as the first does
+    ids = torch.cat((a, b[4:], b))[None]
+    positions = torch.tensor([[*range(9), *range(4, 9), *range(9)]])
+    text, part = torch.tensor([0] * 14 + [1] * 9), torch.tensor([0] * 4 + [1] * 5 + [2] * 5 + [0] * 9)
+    sees = (text[:, None] == text) & ((part == 0) | (part[:, None] == part))
+    at = torch.zeros(23, dtype=torch.long), torch.arange(23)
+    found = model(ids, packed=Packed(positions, sees.tril()[None, None], at))
+    assert torch.allclose(found, torch.cat((whole[0], model(branch[None])[0, 4:], whole[1])), atol=2e-5)
 
 
 # ---- the loss ------------------------------------------------------------------------------

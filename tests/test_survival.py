@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_a_run_whose_folder_was_removed_saves_nothing_into_the_one_that_has_begu
 
 
 def test_a_new_run_begins_with_the_weights_and_tokenizer_of_another(runs: Runs, whole: str, tmp_path: Path) -> None:
-    parent = runs.checkpoint("whole", 20)
+    parent, held_out = runs.checkpoint("whole", 20), {}
     text = tmp_path / "own.txt"
     text.write_text("\n\n".join(f"The state of document {i} is good, said the president." for i in range(400)))
     data = ["--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.local_files", str(text)]
@@ -152,6 +153,15 @@ def test_a_new_run_begins_with_the_weights_and_tokenizer_of_another(runs: Runs, 
     assert f"weights   of {parent.parent}" in out
     child = runs.checkpoint("child", 12)
     assert json.loads((child / "tokenizer.json").read_text()) == json.loads((parent / "tokenizer.json").read_text())
+    for run, step in (("whole", 20), ("child", 12)):  # before and after, on the same documents
+        evals = [sys.executable, str(ROOT / "evals.py"), str(runs.folder / run), "--held_out_of"]
+        subprocess.run([*evals, str(runs.folder / "child"), "--sample_tokens", "1"], check=True, capture_output=True)
+        name = f"{run}/eval-{step:08d}-child.json"
+        held_out[run] = json.loads((runs.folder / name).read_text())["held_out"]["LOCAL"]
+    last = [r for r in runs.records("child") if r["kind"] == "validation"][-1]
+    assert held_out["child"]["loss"] == pytest.approx(last["datasets"]["LOCAL"]["loss"], rel=2e-3)
+    assert held_out["child"]["tokens"] == held_out["whole"]["tokens"]
+    assert held_out["child"]["loss"] < held_out["whole"]["loss"]
     losses = runs.losses("child")
     assert losses[0] < runs.losses("whole")[0] - 1  # it knows some English
     assert losses[-1] < losses[0]
