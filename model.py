@@ -339,14 +339,14 @@ class GPT(nn.Module):
         return self.embedding.weight.device
 
     def block_matrices(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """The blocks' weights, each with the rows of the matrices fused in it (queries, keys, values; gate, up)."""
+        """The blocks' weights, with the rows of the matrices fused in each (a head's queries, keys, values; gate, up)."""
         c = self.config
         found: list[tuple[Tensor, tuple[int, ...]]] = []
         for block in self.blocks:
             assert isinstance(block, Block)
             attention, mlp = block.attention, block.mlp
             found += [
-                (attention.wqkv.weight, (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)),
+                (attention.wqkv.weight, (c.head_dim,) * (c.n_heads + 2 * c.n_kv_heads)),
                 (attention.wo.weight, (c.d_model,)),
                 (mlp.w_up.weight, (c.d_ff, c.d_ff) if mlp.gated else (c.d_ff,)),
                 (mlp.w_down.weight, (c.d_model,)),

@@ -12,6 +12,7 @@ byte; and, taking turns on both models for some rounds, the seconds of a step, w
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -125,7 +126,7 @@ def time_steps(clone: Path, config: Config, rounds: int) -> dict[str, Any]:
                 model.step(rows[:, :-1], rows[:, 1:], 0, 100)
             taken[name].append((time.perf_counter() - started) / 5)
     sizes = {name: sum(p.numel() for p in model.model.parameters()) for name, model in both.items()}
-    return {"parameters": sizes, "seconds": taken, "threads": torch.get_num_threads()}
+    return {"context": context(), "parameters": sizes, "seconds": taken, "threads": torch.get_num_threads()}
 
 
 def main() -> int:
@@ -139,9 +140,10 @@ def main() -> int:
 
     config = load_config(["--preset", "demo", *shlex.split(arguments.common)], "", Config)
     out = Path(__file__).resolve().parent.parent / "results" / "bench" / "nanochat.json"
-    results: dict[str, Any] = {"context": context(), "common": arguments.common, "steps": arguments.steps}
+    everything = json.loads(out.read_text()) if out.exists() else {}
+    results = everything.setdefault(f"demo {arguments.common}".strip(), {})
     if arguments.rounds:
-        results["step"] = timed = time_steps(arguments.clone, config, arguments.rounds)
+        timed = results["a step"] = time_steps(arguments.clone, config, arguments.rounds)
         medians = {name: statistics.median(values) for name, values in timed["seconds"].items()}
         print(f"a step: ours {medians['ours']:.3f} s, nanochat {medians['nanochat']:.3f} s", flush=True)
     if arguments.seeds:
@@ -149,15 +151,15 @@ def main() -> int:
         for factor, bits in found.items():
             print(f"nanochat, its rates x {factor:.3f}, seed 0: {bits:.4f}", flush=True)
         best = min(found, key=lambda f: found[f])
-        results["factors"] = {f"{factor:.3f}": bits for factor, bits in found.items()}
-        results["bits_per_byte"] = {"ours": [], "nanochat": []}
+        results["held out"] = held_out = {"context": context(), "steps": arguments.steps, "ours": [], "nanochat": []}
+        held_out["factors"] = {f"{factor:.3f}": bits for factor, bits in found.items()}
         for seed in range(arguments.seeds):
             theirs = train_nanochat(arguments.clone, config, best, seed, arguments.steps) if seed else found[best]
             ours = run("demo", arguments.steps, seed, "", arguments.common)
             print(f"seed {seed}: nanochat {theirs:.4f}, ours {ours:.4f}", flush=True)
-            results["bits_per_byte"]["nanochat"].append(theirs)
-            results["bits_per_byte"]["ours"].append(ours)
-    write_json(out, results)
+            held_out["nanochat"].append(theirs)
+            held_out["ours"].append(ours)
+    write_json(out, everything)
     return 0
 
 

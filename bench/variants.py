@@ -185,16 +185,16 @@ def momentum_of(value: float) -> Callable[[], None]:
     return change
 
 
-def muon_per_head() -> None:
-    """Queries, keys and values of each head are matrices of their own."""
+def muon_by_kind() -> None:
+    """The queries of all heads are a matrix, and so are the keys and the values."""
     plain = GPT.block_matrices
 
     def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
         c, found = self.config, []
-        fused = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+        heads = c.n_heads + 2 * c.n_kv_heads
+        by_kind = tuple(n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
         for weight, rows in plain(self):
-            by_head = weight.size(0) == fused and len(rows) == 3
-            found.append((weight, (c.head_dim,) * (fused // c.head_dim) if by_head else rows))
+            found.append((weight, by_kind if len(rows) == heads > 2 else rows))
         return found
 
     GPT.block_matrices = block_matrices  # type: ignore[method-assign]
@@ -241,9 +241,7 @@ def normuon(beta: float = 0.95) -> None:
     optim.orthogonalize_together = orthogonalize_together
 
 
-def all_of_muon() -> None:
-    """The three that seemed to help: by heads, NorMuon, momentum warm-up."""
-    muon_per_head()
+def normuon_with_warmup() -> None:
     normuon()
     momentum_warmup(100)()
 
@@ -295,12 +293,12 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "momentum-warmup-100": momentum_warmup(100),
     "momentum-0.9": momentum_of(0.9),
     "momentum-0.97": momentum_of(0.97),
-    "muon-per-head": muon_per_head,
+    "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
     "muon-4-steps": muon_4_steps,
     "normuon": normuon,
-    "per-head-normuon-warmup": all_of_muon,
+    "normuon-warmup": normuon_with_warmup,
     "torch-muon": torch_muon,
     "short-rows-first": short_rows_first(100, 4),
 }

@@ -57,7 +57,7 @@ def follow(commands: str, shown: str, folder: Path) -> None:
 def difference(shown: str, printed: str) -> str:
     """What is not as shown; empty when all is. "..." stands for anything in a line, or as a line for any lines.
 
-    The width of blanks does not count. Figures with a decimal point may differ by TOLERANCE.
+    The width of blanks does not count. Figures with a decimal point may differ by TOLERANCE, or by one unit of their last digit.
     """
     pattern, figures = "", []
     for line in shown.splitlines():
@@ -71,7 +71,7 @@ def difference(shown: str, printed: str) -> str:
                 pattern += " +"
             elif re.fullmatch(FIGURE, part):
                 pattern += f"({FIGURE})"
-                figures.append(float(part))
+                figures.append(part)
             else:
                 pattern += re.escape(part)
         pattern += " *\n"
@@ -80,10 +80,16 @@ def difference(shown: str, printed: str) -> str:
         return "the text differs"
     wrong = [
         f"{got} instead of {figure}"
-        for figure, got in zip(figures, map(float, match.groups()), strict=True)
-        if abs(got - figure) > TOLERANCE * abs(figure)
+        for figure, got in zip(figures, match.groups(), strict=True)
+        if abs(float(got) - float(figure)) > max(TOLERANCE * abs(float(figure)), 1.01 * last_place(figure))
     ]
     return ", ".join(wrong)
+
+
+def last_place(figure: str) -> float:
+    """One unit of the last digit shown: 0.001 of "0.011", 0.0001 of "1.2e-03"."""
+    digits, _, exponent = figure.lower().partition("e")
+    return float(10.0 ** (int(exponent or 0) - len(digits.partition(".")[2])))
 
 
 def trains(blocks: list[tuple[str, str]]) -> bool:
