@@ -339,7 +339,7 @@ class GPT(nn.Module):
         return self.embedding.weight.device
 
     def block_matrices(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """The blocks' weights, with the rows of the matrices fused in each (a head's queries, keys, values; gate, up)."""
+        """The blocks' weights, and the rows of matrices fused in them: a head's queries, keys, values; gate, up."""
         c = self.config
         found: list[tuple[Tensor, tuple[int, ...]]] = []
         for block in self.blocks:

@@ -57,7 +57,7 @@ def follow(commands: str, shown: str, folder: Path) -> None:
 def difference(shown: str, printed: str) -> str:
     """What is not as shown; empty when all is. "..." stands for anything in a line, or as a line for any lines.
 
-    The width of blanks does not count. Figures with a decimal point may differ by TOLERANCE, or by one unit of their last digit.
+    The width of blanks does not count. Figures with a decimal point may differ by TOLERANCE or their last digit by one.
     """
     pattern, figures = "", []
     for line in shown.splitlines():
