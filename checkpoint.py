@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -263,12 +264,15 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises CheckpointError.
     """
-    path = path.resolve()
+    asked, path = path, path.resolve()
     if (path / "manifest.json").is_file() or is_hub_model(path):
         return path
     if not path.is_dir():
+        beside = [] if path.exists() else [p.name for p in path.parent.glob("*") if p.is_dir()]
+        if near := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8):
+            raise CheckpointError(f"{asked} is not there; did you mean {asked.parent / near[0]}?")
         raise CheckpointError(
-            f"{path} is {'a file' if path.exists() else 'not there'}; give the folder of a run, such as "
+            f"{asked} is {'a file' if path.exists() else 'not there'}; give the folder of a run, such as "
             f"checkpoints/demo, one of its step-* folders, or that of a model of Hugging Face's"
         )
     newest = newest_checkpoint(path)
