@@ -72,6 +72,11 @@ class Arguments(EvalConfig):
         return path.parent / f"eval-{path.name.removeprefix('step-')}{suffix}.json", path
 
 
+def _from_here(path: Path) -> Path:
+    """`path` as one would type it: short when it is below the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(Arguments, argv)
     arguments.validate()
@@ -140,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = hub_model(arguments.checkpoint, device, dtype)
     millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
     by = "" if path else " | in our GPT" if isinstance(subject, OwnModel) else " | in transformers"
-    say(f"{path or arguments.checkpoint} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}\n")
+    name = _from_here(path) if path else arguments.checkpoint
+    say(f"{name} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}\n")
 
     if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
         if not isinstance(subject, OwnModel):
@@ -213,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if other:
         say("\n" + comparison(finished, other["tasks"]))
     write()
-    say(f"\nwritten to {output}")
+    say(f"\nwritten to {_from_here(output)}")
     processes.destroy_process_group()
     return DataError.exit_code if failed else 0
 
