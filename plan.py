@@ -73,15 +73,14 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     seconds = total_steps * speed.step + speed.compiling
     seconds += n_validations * speed.validation + n_saves * speed.checkpoint
     rate = config.tokens_per_step(world_size) / speed.step
+    print(f"device    {world_size} x {gpu or describe(default_device())}")
     print(f"model     {counts['total'] / 1e6:,.1f}M parameters, {flops / 1e6:,.1f} MFLOP per token")
     print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {tokens / 1e6:,.1f}M "
           f"tokens, {tokens / counts['total']:,.1f} per parameter")  # fmt: skip
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
-    device = gpu or describe(default_device())
     of_these = "" if gpu else f", of {usable / 2**30:.1f} to use"
-    print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once{of_these}: "
-          f"{world_size} x {device}")  # fmt: skip
+    print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once{of_these}")
     print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
           f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
     print(f"speed     {rate:,.0f} tokens/s, {speed.source}")
