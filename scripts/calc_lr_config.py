@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, peak in rates:
         print(f"{name:<22}{peak:>12.2e}{peak * c.final_lr_fraction:>12.2e}")
 
+    if c.optimizer == "muon":
+        print(f"(the last two: train.embedding_lr and head_lr x sqrt(768 / d_model) = {width:.2f})")
+
     print(f"\nwarm-up to step {warmup:,}, constant, from step {cooldown_from:,} linear to {c.final_lr_fraction:.0%}")
     factors = [lr_factor_at(i * (total_steps - 1) // (WIDTH - 1), total_steps, warmup, c) for i in range(WIDTH)]
     for level in range(HEIGHT, 0, -1):
