@@ -314,7 +314,7 @@ def test_muon_multiplies_matrices_of_one_shape_together(card: None):
         with Watch() as watch:
             muon.step()
         counts.append(sum(watch.names[name] for name in PRODUCTS))
-    assert counts[0] == counts[1] == 3 * 15  # three shapes, five polynomials of three products
+    assert counts[0] == counts[1] == 4 * 15  # four shapes, five polynomials of three products
 
 
 @pytest.mark.parametrize(
