@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = hub_model(arguments.checkpoint, device, dtype)
     millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
     by = "" if path else " | in our GPT" if isinstance(subject, OwnModel) else " | in transformers"
-    name = _from_here(path) if path else arguments.checkpoint
-    say(f"{name} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}\n")
+    shown = _from_here(path) if path else arguments.checkpoint
+    say(f"{shown} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}\n")
 
     if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
         if not isinstance(subject, OwnModel):
