@@ -252,7 +252,7 @@ def train(config: Config) -> int:
         f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
     )
-    on = f"on{', each block by itself' if c.fsdp else ''}: the first step takes a minute"
+    on = f"on{', each block by itself' if c.fsdp else ''}: half a minute or more before the first step"
     say(f"compile   {on if compiled else why_not_compile(device) or 'off'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
@@ -264,6 +264,11 @@ def train(config: Config) -> int:
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
     )
     say(f"run       {run_dir}: step {step} to {total_steps:,}, {total_steps * tokens_per_step / 1e6:,.1f}M tokens")
+    if state and step < total_steps != state["total_steps"]:
+        was, now = (c.lr * lr_factor_at(step, n, warmup_steps, c) for n in (state["total_steps"], total_steps))
+        say(
+            f"schedule  of {total_steps:,} steps, before of {state['total_steps']:,}: from lr {was:.1e} to {now:.1e} at once"
+        )
     if 0 < c.max_steps <= step:
         say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
         if is_main:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import model as model_module
 import optim
 from model import GPT, Block
+from prepare_data import IGNORED, Batch, DatasetPrep
 
 STEP = [0]  # optimizer steps done, for schedules
 
@@ -282,6 +283,36 @@ def short_rows_first(steps: int, parts: int) -> Callable[[], None]:
     return change
 
 
+def batch_warmup(batches: int) -> Callable[[], None]:
+    """Each of the first batches makes two steps, of half its rows each."""
+
+    def change() -> None:
+        plain = DatasetPrep.__next__
+        read, later = [0], list[Batch]()
+
+        def halves(self: DatasetPrep) -> Batch:
+            if later:
+                return later.pop()
+            batch = plain(self)
+            read[0] += 1
+            if read[0] > batches:
+                return batch
+            n = len(batch.inputs) // 2
+            first, second = (
+                Batch(x, y, int((y != IGNORED).sum()), sources)
+                for x, y, sources in (
+                    (batch.inputs[:n], batch.targets[:n], batch.sources[:n]),
+                    (batch.inputs[n:], batch.targets[n:], batch.sources[n:]),
+                )
+            )
+            later.append(second)
+            return first
+
+        DatasetPrep.__next__ = halves  # type: ignore[method-assign]
+
+    return change
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     "out-projections-small": out_projections_small,
     "embedding-std-0.02": embedding_std(0.02),
@@ -301,6 +332,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "normuon-warmup": normuon_with_warmup,
     "torch-muon": torch_muon,
     "short-rows-first": short_rows_first(100, 4),
+    "batch-warmup": batch_warmup(50),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,8 @@ def test_two_processes_equal_one_and_hand_over_to_one(runs: Runs) -> None:
     # The same rows per step on one device: accumulation makes up for the other one.
     out, _ = runs("two", *options, "--train.max_steps", "22", "--resume")
     assert "2 rows x 2 accumulated x 1 devices" in out
+    (lr,) = (r["lr"] for r in runs.records("two") if r["kind"] == "train" and r["step"] == 21)
+    assert re.search(rf"schedule  of 22 steps, before of 20: from lr [\d.e-]+ to {lr:.1e} at once\n", out)
     assert runs.records("two")[-1]["tokens"] == 22 * 256
 
 
