@@ -252,7 +252,8 @@ def train(config: Config) -> int:
         f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
     )
-    on = f"on{', each block by itself' if c.fsdp else ''}: half a minute or more before the first step"
+    blocks = ", each block by itself" if c.fsdp else ""
+    on = f"on{blocks}: half a minute or more before the first step"
     say(f"compile   {on if compiled else why_not_compile(device) or 'off'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
