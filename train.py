@@ -267,9 +267,8 @@ def train(config: Config) -> int:
     say(f"run       {run_dir}: step {step} to {total_steps:,}, {total_steps * tokens_per_step / 1e6:,.1f}M tokens")
     if state and step < total_steps != state["total_steps"]:
         was, now = (c.lr * lr_factor_at(step, n, warmup_steps, c) for n in (state["total_steps"], total_steps))
-        say(
-            f"schedule  of {total_steps:,} steps, before of {state['total_steps']:,}: from lr {was:.1e} to {now:.1e} at once"
-        )
+        before = f"before of {state['total_steps']:,}"
+        say(f"schedule  of {total_steps:,} steps, {before}: from lr {was:.1e} to {now:.1e} at once")
     if 0 < c.max_steps <= step:
         say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
         if is_main:
