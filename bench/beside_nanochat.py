@@ -4,8 +4,10 @@ CLONE is a folder of nanochat (https://github.com/karpathy/nanochat; its code is
 Its GPT, with all that ours has not (value embeddings, smear, softcap ...), and its MuonAdamW are trained on the demo's
 rows at the demo's width, depth, heads and batch, in bf16, compiled, by the schedules of its scripts/base_train.py; its
 rates, which are meant for batches of half a million tokens, by the best of several factors, its own rule for small
-batches among them. Then train.py for as many steps. Prints and adds to results/bench/nanochat.json: held-out bits per
-byte; and, taking turns on both models for some rounds, the seconds of a step, which need a quiet machine.
+batches among them. Then train.py for as many steps; with --equal_time nanochat gets as many fewer as each of its steps
+took longer when timed, so that both train equally long on a machine of their own. Prints and adds to
+results/bench/nanochat.json: held-out bits per byte; and, taking turns on both models for some rounds, the seconds of a
+step, which need a quiet machine.
 --common OPTIONS change the preset, for both.
 """
 
@@ -135,6 +137,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, help="0: only the seconds of a step")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing; 0: none")
+    parser.add_argument("--equal_time", action="store_true")
     parser.add_argument("--common", default="")
     arguments = parser.parse_args()
 
@@ -147,14 +150,20 @@ def main() -> int:
         medians = {name: statistics.median(values) for name, values in timed["seconds"].items()}
         print(f"a step: ours {medians['ours']:.3f} s, nanochat {medians['nanochat']:.3f} s", flush=True)
     if arguments.seeds:
-        found = {f: train_nanochat(arguments.clone, config, f, 0, arguments.steps) for f in FACTORS}
+        name, steps, factors = "held out", arguments.steps, FACTORS
+        if arguments.equal_time:
+            medians = {name: statistics.median(values) for name, values in results["a step"]["seconds"].items()}
+            name, steps = "held out, equal time", round(arguments.steps * medians["ours"] / medians["nanochat"])
+            factors = FACTORS[:2]  # the third was far behind at equal steps
+        found = {f: train_nanochat(arguments.clone, config, f, 0, steps) for f in factors}
         for factor, bits in found.items():
             print(f"nanochat, its rates x {factor:.3f}, seed 0: {bits:.4f}", flush=True)
         best = min(found, key=lambda f: found[f])
-        results["held out"] = held_out = {"context": context(), "steps": arguments.steps, "ours": [], "nanochat": []}
+        results[name] = held_out = {"context": context(), "steps": arguments.steps, "ours": [], "nanochat": []}
+        held_out["nanochat's steps"] = steps
         held_out["factors"] = {f"{factor:.3f}": bits for factor, bits in found.items()}
         for seed in range(arguments.seeds):
-            theirs = train_nanochat(arguments.clone, config, best, seed, arguments.steps) if seed else found[best]
+            theirs = train_nanochat(arguments.clone, config, best, seed, steps) if seed else found[best]
             ours = run("demo", arguments.steps, seed, "", arguments.common)
             print(f"seed {seed}: nanochat {theirs:.4f}, ours {ours:.4f}", flush=True)
             held_out["nanochat"].append(theirs)
