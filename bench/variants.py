@@ -266,15 +266,16 @@ def torch_muon() -> None:
 # ---- the data -----------------------------------------------------------------------------------
 
 
-def short_rows_first(steps: int, parts: int) -> Callable[[], None]:
-    """The context grows: for the first steps each row counts as so many shorter ones."""
+def short_rows_first(*stages: tuple[int, int]) -> Callable[[], None]:
+    """The context grows: (until, parts): up to that step each row counts as so many shorter ones."""
 
     def change() -> None:
         count_steps()
         plain = GPT.forward
 
         def forward(self: GPT, ids: Tensor, targets: Tensor | None = None, *a: Any, **k: Any) -> Tensor:
-            if targets is not None and torch.is_grad_enabled() and STEP[0] <= steps:
+            if targets is not None and torch.is_grad_enabled():
+                parts = next((parts for until, parts in stages if STEP[0] <= until), 1)
                 ids, targets = (t.reshape(len(t) * parts, -1) for t in (ids, targets))
             return plain(self, ids, targets, *a, **k)
 
@@ -331,7 +332,11 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "normuon": normuon,
     "normuon-warmup": normuon_with_warmup,
     "torch-muon": torch_muon,
-    "short-rows-first": short_rows_first(100, 4),
+    "short-rows-first": short_rows_first((100, 4)),
+    "shorter-rows-first": short_rows_first((100, 8)),
+    "short-rows-half": short_rows_first((150, 4)),
+    "short-rows-two-thirds": short_rows_first((200, 4)),
+    "rows-grow": short_rows_first((50, 8), (100, 4), (150, 2)),
     "batch-warmup": batch_warmup(50),
 }
 
