@@ -333,6 +333,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "normuon-warmup": normuon_with_warmup,
     "torch-muon": torch_muon,
     "short-rows-first": short_rows_first((100, 4)),
+    "short-rows-first-200": short_rows_first((67, 4)),  # of 200 steps
+    "short-rows-first-560": short_rows_first((187, 4)),
     "shorter-rows-first": short_rows_first((100, 8)),
     "short-rows-half": short_rows_first((150, 4)),
     "short-rows-two-thirds": short_rows_first((200, 4)),
