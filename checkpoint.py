@@ -264,7 +264,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises CheckpointError.
     """
-    asked, path = path, path.resolve()
+    asked, path = path, path.expanduser().resolve()
     if (path / "manifest.json").is_file() or is_hub_model(path):
         return path
     if not path.is_dir():
@@ -324,7 +324,8 @@ def load_model(
     """A verified model for generation, evaluation and export: (model in eval mode, tokenizer, config, step).
 
     path: a run's folder (its newest checkpoint), a step folder, or a model of Hugging Face's, which has no step (0) and
-    of whose configuration only the model and tokenizer are its own. dtype: of the weights. Raises CheckpointError.
+    of whose configuration only the model, tokenizer and run_name are its own. dtype: of the weights.
+    Raises CheckpointError.
     """
     path = find_checkpoint(Path(path))
     if is_hub_model(path):
@@ -362,7 +363,8 @@ def is_hub_model(path: Path) -> bool:
 
 def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[GPT, Tokenizer, Config]:
     files = ["model.safetensors"]
-    if (path / "model.safetensors.index.json").is_file():
+    whole = (path / files[0]).is_file()  # then an index beside it is an earlier save's, as for transformers
+    if not whole and (path / "model.safetensors.index.json").is_file():
         index = _read_json(path / "model.safetensors.index.json")
         try:
             files = sorted(set(index["weight_map"].values()))
@@ -370,7 +372,7 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
             files = [""]
         if not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in files):
             raise CheckpointError(f"{path}/model.safetensors.index.json does not name files of its own folder")
-    elif not (path / files[0]).is_file():
+    elif not whole:
         pickles = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")))
         raise CheckpointError(
             f"{path} has no model.safetensors"
@@ -379,6 +381,7 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
     try:
         values = _read_json(path / "config.json")
         config = Config(model=from_hub_config(values))
+        config.train = dataclasses.replace(config.train, run_name=path.name)  # what it is called, as in --explain
         eot = values.get("eos_token_id")  # of several, the first is the one between documents
         tokenizer = from_tokenizer_json(_read_json(path / "tokenizer.json"), eot[0] if isinstance(eot, list) else eot)
         name: Any = tokenizer.name if tokenizer.name in TOKENIZERS else "bpe"  # what a run that starts from it needs
@@ -391,7 +394,7 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
         model.load_state_dict(weights)
     except (ConfigError, RuntimeError) as error:  # RuntimeError: of another shape
         raise CheckpointError(f"{path} cannot be imported: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be imported: a file of it is not what its name says ({error!r})"
         ) from None

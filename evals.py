@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         other = read_results(file if file.is_file() else arguments.results_of(arguments.compare)[0])
         if not other.get("tasks"):
             raise ConfigError(f"{arguments.compare} has no results of tasks; measure it first, with the same --limit")
+        if not (names or read_results(output).get("tasks")):
+            raise ConfigError("--compare is of tasks, and none of this model's is measured; name some with --tasks")
 
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=1))
     device, first = processes.device, processes.is_main_process
@@ -227,10 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_results(path: Path) -> dict[str, Any]:
     """What an earlier call wrote; empty if there is nothing."""
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        return results
+        results = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        results = {}
+    return results if isinstance(results, dict) and isinstance(results.get("tasks"), dict) else {}
 
 
 HELD_OUT = "held out        tokens", "loss .3f 16, perplexity .1f 17, bits_per_byte .4f 17, top1 .1% 14, top5 .1% 14"
@@ -263,10 +265,10 @@ def comparison(these: dict[str, dict[str, Any]], others: dict[str, dict[str, Any
         rows.append(("mean", this, other, other - this, error, p))
     lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
     for name, this, other, difference, error, p in rows:
-        verdict = "noise" if p > SIGNIFICANT / len(rows) else "other better" if difference > 0 else "this better"
-        lines.append(
-            f"{name:<24}{this:>9.1%}{other:>9.1%}{f'{difference:+.1%} +- {error:.1%}':>20}{p:>9.4f}  {verdict}"
-        )
+        found = p <= SIGNIFICANT / len(rows)  # never of a single document, whose error is NaN
+        verdict = ("other better" if difference > 0 else "this better") if found else "noise"
+        spread, chance = ("-" if math.isnan(x) else format(x, form) for x, form in ((error, ".1%"), (p, ".4f")))
+        lines.append(f"{name:<24}{this:>9.1%}{other:>9.1%}{f'{difference:+.1%} +- {spread}':>20}{chance:>9}  {verdict}")
     lines += [
         f"{name:<24} not compared: the other was not asked these documents" for name in these if name not in common
     ]

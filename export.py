@@ -8,7 +8,6 @@ Ollama. It is read again, and must compute the checkpoint's logits, before it ge
 from __future__ import annotations
 
 import importlib.util
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -193,6 +192,7 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
 def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: Config, form: str) -> str:
     """README.md: what the model is, what it was trained on, what was measured, how to run it."""
     from checkpoint import is_hub_model, read_state
+    from evals import read_results
 
     c, millions = model.config, model.parameter_counts()["total"] / 1e6
     training = f"Imported from {path.name}: see its own card, also for its licence.\n"
@@ -204,8 +204,7 @@ def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: 
         for dataset, share in zip(data.current_datasets, data.dataset_probabilities, strict=True):
             source = DATASETS[dataset]
             training += f"| {dataset} | {share:.0%} | {source.location} | {source.licence} |\n"
-        results = path.parent / f"eval-{state['step']:08d}.json"
-        measured = json.loads(results.read_text()) if results.exists() else {}
+        measured = read_results(path.parent / f"eval-{state['step']:08d}.json")
         held_out, tasks = measured.get("held_out") or {}, measured.get("tasks") or {}
         training += "\n| held out | bits per byte | loss |\n|---|---|---|\n" if held_out else ""
         for dataset, score in held_out.items():

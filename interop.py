@@ -166,7 +166,7 @@ def from_hub_weights(tensors: dict[str, Tensor], c: GPTConfig) -> dict[str, Tens
             raise ConfigError(f"its {name} is {value.tolist()}, and only {expected.tolist()}, ReLU^2, is computed here")
     for name, parts in weight_names(c).items():
         for part, rows in parts.items():
-            if part not in tensors or tensors[part].size(0) != rows:
+            if part not in tensors or tensors[part].shape[:1] != (rows,):
                 raise ConfigError(f"it has no weight {part} of {rows} rows")
         ours[name] = torch.cat([tensors.pop(part).float() for part in parts])
     if tensors:

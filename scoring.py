@@ -27,7 +27,7 @@ from errors import ConfigError
 from hub import DataError
 from metrics import mean_and_error
 from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, Packed
-from sampling import encode_prompt
+from sampling import NonFiniteError, encode_prompt
 from tasks import Document
 from tokenizer import Tokenizer
 
@@ -47,7 +47,8 @@ class OwnModel:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, theirs: Any = None):
         self.model, self.tokenizer, self.theirs, self.device = model, tokenizer, theirs, model.device
-        self.max_length, self.first_id = model.config.max_length, first_of(theirs) if theirs else tokenizer.eot_id
+        self.max_length = model.config.max_length
+        self.first_id = first_of(theirs, tokenizer.eot_id) if theirs else tokenizer.eot_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         if self.theirs:
@@ -70,8 +71,8 @@ class TransformersModel:
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype):
         self.tokenizer = t = from_transformers("AutoTokenizer", name)
         self.model = from_transformers("AutoModelForCausalLM", name, dtype=dtype).to(device).eval()
-        self.device, self.first_id = device, first_of(t)
         c = getattr(self.model.config, "text_config", None) or self.model.config
+        self.device, self.first_id = device, first_of(t, getattr(c, "eos_token_id", None))
         lengths = [getattr(c, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         self.max_length = next((int(n) for n in lengths if n), min(t.model_max_length, 2048))
         self.rows_of_embedding = self.model.get_input_embeddings().weight.size(0)
@@ -96,7 +97,8 @@ Model = OwnModel | TransformersModel
 def hub_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     """A model of Hugging Face's: in our GPT, which is faster, if it is a folder that can be imported; or else in
     transformers. Raises ConfigError, CheckpointError."""
-    if is_hub_model(Path(name)):
+    if is_hub_model(folder := Path(name).expanduser()):
+        name = str(folder)
         with contextlib.suppress(CheckpointError):  # of another family
             return OwnModel(*load_model(name, device, dtype)[:2], from_transformers("AutoTokenizer", name))
     return TransformersModel(name, device, dtype)
@@ -107,16 +109,20 @@ def from_transformers(kind: str, name: str, **options: Any) -> Any:
         import transformers
     except ImportError:
         raise ConfigError(f"{name} is a model for transformers; pip install transformers==5.23.0") from None
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
+    try:  # unless told so, it asks at the terminal whether to run the code that some models bring
+        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # each library below has its own: for a damaged file, a package that is missing
         reason = (str(error).strip() or repr(error)).partition("\n")[0]
         raise CheckpointError(f"transformers cannot load {name}: {reason}") from None
 
 
-def first_of(tokenizer: Any) -> int:
-    """What stands before an empty text, as in lm_eval."""
-    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+def first_of(tokenizer: Any, eos_id: int | list[int] | None) -> int:
+    """What stands before an empty text, as in lm_eval; eos_id: the model's own end-of-text. Raises CheckpointError."""
+    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+    for known in (tokenizer.bos_token_id, tokenizer.eos_token_id, eos_id):
+        if isinstance(known, int):
+            return known
+    raise CheckpointError("its config.json names no end-of-text, nor does its tokenizer: add eos_token_id")
 
 
 class Answer(NamedTuple):
@@ -136,7 +142,10 @@ class Row(NamedTuple):
 def answers_of(
     documents: Sequence[Document], model: Model, run: Callable[..., Iterable[Any]] = map
 ) -> list[list[Answer]]:
-    """The Answers of each document. run(work, batches): the results of work(batch), of each. Raises DataError."""
+    """The Answers of each document. run(work, batches): the results of work(batch), of each.
+
+    Raises DataError, NonFiniteError.
+    """
     # Ids that the model reads at once: model.py's figures for rows of logits, whose reasons are the same here.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
     questions = rows_of(documents, model)
@@ -151,6 +160,8 @@ def answers_of(
     answers: dict[tuple[int, int], Answer] = {}
     for scored in run(lambda batch: score(batch, model), batches):
         answers |= scored
+    if any(math.isnan(answer.log_likelihood) for answer in answers.values()):  # argmax would take it for the best
+        raise NonFiniteError("the model's logits are not finite, so its weights are broken; use others")
     return [[answers[n, i] for i in range(len(document.contexts))] for n, document in enumerate(documents)]
 
 

@@ -152,6 +152,13 @@ def test_the_card_says_what_the_model_was_trained_on_and_how_it_did(saved: Save,
     assert names_in(out) == set(names.split())
 
 
+def test_results_that_cannot_be_read_are_left_out_of_the_card(saved: Save, tmp_path: Path):
+    source = saved()
+    (source.parent / "eval-00000007.json").write_text('{"held_out": {"SO')
+    assert export.main([str(source), str(tmp_path / "out")]) == 0
+    assert "0.1M tokens in 7 steps" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_folder_with_content_is_left_as_it_is(saved: Save, tmp_path: Path):
     source, mine = saved(), tmp_path / "out" / "mine"
     mine.parent.mkdir()
@@ -307,7 +314,7 @@ def test_an_imported_model_computes_what_it_did(hub_model: Save, fields: dict[st
     expected = theirs(ids).logits
     assert expected.std() > 0.5
     assert (ours(ids) - expected).abs().max() < 1e-4
-    assert (config.model, tokenizer.eot_id, step) == (ours.config, 0, 0)
+    assert (config.model, config.train.run_name, tokenizer.eot_id, step) == (ours.config, "theirs", 0, 0)
     prompt = IDS[0, :5].tolist()
     assert greedy_of_transformers(theirs, prompt, [1]) == greedy(ours, tokenizer, prompt)  # 1: special, so never ours
     generate.main([str(folder), "--prompt", "a new nation", "--max_tokens", "5"])
@@ -338,6 +345,7 @@ UNKNOWN: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 2}, "weights that are not known here, such as model.layers.2"),
     ({"vocab_size": 200}, "smaller than the tokenizer's 300"),
     ({"eos_token_id": 5_000}, "its end-of-text is 5000"),
+    ({"eos_token_id": []}, "not what its name says"),
 ]
 
 
@@ -358,6 +366,25 @@ def test_weights_that_could_run_code_are_not_read(hub_model: Save):
     save_file(tensors | {bias: torch.zeros(48)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"not known here, such as {bias}"):
         load_model(folder)
+
+
+def test_a_weight_without_rows_is_refused_by_name(hub_model: Save):
+    folder, name = hub_model(), "model.layers.0.self_attn.q_proj.weight"
+    save_file(load_file(folder / "model.safetensors") | {name: torch.tensor(1.0)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"no weight {name} of 48 rows"):
+        load_model(folder)
+
+
+@torch.inference_mode()
+def test_what_an_earlier_save_in_several_files_left_is_not_read(hub_model: Save):
+    folder = hub_model(shard="50KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    weights = in_transformers(folder).state_dict()
+    save_file({name: 2 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert (load_model(folder)[0](IDS) - in_transformers(folder)(IDS).logits).abs().max() < 1e-3
+    for shard in folder.glob("model-*-of-*"):  # transformers removes these of an earlier save, but not the index
+        shard.unlink()
+    load_model(folder)
 
 
 def test_a_tokenizer_that_is_not_of_bytes_is_refused(hub_model: Save):

@@ -234,6 +234,19 @@ def test_a_model_without_attention_is_scored_too(tmp_path: Path) -> None:
     check_transformers(save_transformers(config, tmp_path / "mamba"), length=2048)
 
 
+def test_weights_that_are_not_finite_are_said_and_not_scored(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    import torch
+
+    from sampling import NonFiniteError
+    from scoring import OwnModel, answers_of
+
+    gpt = tiny_model(tiny_tokenizer.n_vocab).eval()
+    with torch.no_grad():
+        gpt.final_norm.weight[0] = math.nan
+    with pytest.raises(NonFiniteError, match="not finite"):
+        answers_of(documents(), OwnModel(gpt, tiny_tokenizer))
+
+
 def test_acc_norm_divides_by_the_characters_of_the_answer_and_the_first_of_equals_wins() -> None:
     from scoring import Answer, summary
 
@@ -276,6 +289,13 @@ def test_the_comparison_tells_differences_from_noise_and_fits_100_columns() -> N
     assert [line.split()[-1] for line in lines[1:3]] == ["better", "noise"]
     assert lines[3].startswith("mean")
     assert "not compared" in lines[4]
+
+
+def test_one_document_of_each_task_tells_nothing() -> None:
+    these, others = ({"acc": x, "correct": {"acc": str(x)}, "documents": "d"} for x in (0, 1))
+    lines = evals.comparison({"piqa": these, "boolq": these}, {"piqa": others, "boolq": others}).splitlines()
+    assert [line.split()[-1] for line in lines[1:4]] == ["noise"] * 3
+    assert not any("nan" in line for line in lines)
 
 
 def test_a_text_that_repeats_itself_is_told_from_one_that_does_not() -> None:
@@ -400,6 +420,52 @@ def test_the_help_names_all_tasks() -> None:
 def test_a_wrong_task_is_answered_with_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of(lambda: evals.main(["nowhere", "--tasks", "helaswag"])) == 2
     assert "hellaswag,lambada,piqa" in capsys.readouterr().err
+
+
+def test_a_model_whose_tokenizer_names_no_end_of_text_has_its_own(llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+
+    from scoring import TransformersModel, hub_model
+
+    folder = shutil.copytree(llama, tmp_path / "nameless")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"eos_token_id": [2], "bos_token_id": None}))
+    for build in (hub_model, TransformersModel):
+        assert build(str(folder), torch.device("cpu"), torch.float32).first_id == 2
+
+
+def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "its.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    classes = {"AutoConfig": "its.C", "AutoModelForCausalLM": "its.M", "AutoTokenizer": "its.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": classes}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["its.M", None]}}))
+    command = [sys.executable, str(ROOT / "evals.py"), str(tmp_path)]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, env=environment, input="y\n" * 9, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4, done.stderr
+    assert "contains custom code" in done.stderr
+    assert "[y/N]" not in done.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"tasks": []}', '{"tasks": {"pi'])
+def test_a_file_that_is_no_result_is_nothing_to_compare_with(
+    content: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text(content)
+    arguments = [str(llama), "--tasks", "piqa", "--compare", str(tmp_path / "other.json")]
+    assert exit_code_of(lambda: evals.main(arguments)) == 2
+    assert "has no results of tasks" in capsys.readouterr().err
+
+
+def test_a_comparison_of_no_tasks_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.json").write_text('{"tasks": {"piqa": {}}}')
+    assert exit_code_of(lambda: evals.main([str(llama), "--compare", str(tmp_path / "other.json")])) == 2
+    assert "name some with --tasks" in capsys.readouterr().err
 
 
 def test_without_transformers_the_remedy_is_one_line(
