@@ -100,7 +100,8 @@ def hub_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     if is_hub_model(folder := Path(name).expanduser()):
         name = str(folder)
         with contextlib.suppress(CheckpointError):  # of another family
-            return OwnModel(*load_model(name, device, dtype)[:2], from_transformers("AutoTokenizer", name))
+            # Not AutoTokenizer: its classes, such as Llama's, take from tokenizer.json the vocabulary only.
+            return OwnModel(*load_model(name, device, dtype)[:2], from_transformers("PreTrainedTokenizerFast", name))
     return TransformersModel(name, device, dtype)
 
 

@@ -438,6 +438,30 @@ def test_a_model_whose_tokenizer_names_no_end_of_text_has_its_own(llama: Path, t
         assert build(str(folder), torch.device("cpu"), torch.float32).first_id == 2
 
 
+@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "GPT2Tokenizer"}])
+def test_an_imported_folder_is_asked_with_the_tokens_of_its_tokenizer_json(
+    llama: Path, tmp_path: Path, settings: dict[str, str] | None
+) -> None:
+    import shutil
+
+    import torch
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    from scoring import hub_model
+
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    (folder / "tokenizer_config.json").unlink()
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parts = [pre_tokenizers.Split("a", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    fast.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    fast.save(str(folder / "tokenizer.json"))
+    model = hub_model(str(folder), torch.device("cpu"), torch.float32)
+    assert model.encode([GETTYSBURG]) == [fast.encode(GETTYSBURG).ids]
+    assert model.encode([GETTYSBURG]) == [model.tokenizer.encode(GETTYSBURG).tolist()]
+
+
 def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(tmp_path: Path) -> None:
     (tmp_path / "its.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")
     classes = {"AutoConfig": "its.C", "AutoModelForCausalLM": "its.M", "AutoTokenizer": "its.M"}
