@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from checkpoint import find_checkpoint, load_model, read_config, read_state
+    from checkpoint import find_checkpoint, is_hub_model, load_model, read_config, read_state
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
@@ -153,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
         if not isinstance(subject, OwnModel):
             raise ConfigError("--held_out_of is for models in our GPT, and this one is in transformers; leave it out")
+        if is_hub_model(run):
+            raise ConfigError(f"--held_out_of {run} is a model of Hugging Face's, which holds nothing out; name a run")
         model, tokenizer, its = subject.model, subject.tokenizer, read_config(run)
         data_config = dataclasses.replace(
             its.data,

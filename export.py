@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode_token(eot).decode())
         names["tokenizer_class"] = "PreTrainedTokenizerFast"  # as versions 4 and 5 both know it
         write_json(folder / "tokenizer_config.json", names | {"model_max_length": c.max_length})
-        (folder / "README.md").write_text(model_card(path, out.name, model, tokenizer, config, arguments.gguf))
+        card = model_card(path, out.name, model, tokenizer, config, arguments.gguf)
+        (folder / "README.md").write_text(card, "utf-8", "replace")  # a folder's name may be any bytes
         try:
             weights = to_hub_weights(model.state_dict(), c)
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -159,6 +159,12 @@ def test_results_that_cannot_be_read_are_left_out_of_the_card(saved: Save, tmp_p
     assert "0.1M tokens in 7 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused(saved: Save, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="not valid UTF-8"):  # by safetensors, which cannot read there
+        export.main([str(saved()), str(tmp_path / os.fsdecode(b"caf\xe9"))])
+    assert names_in(tmp_path) == {"run"}
+
+
 def test_a_folder_with_content_is_left_as_it_is(saved: Save, tmp_path: Path):
     source, mine = saved(), tmp_path / "out" / "mine"
     mine.parent.mkdir()

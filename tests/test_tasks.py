@@ -486,6 +486,11 @@ def test_a_file_that_is_no_result_is_nothing_to_compare_with(
     assert "has no results of tasks" in capsys.readouterr().err
 
 
+def test_a_model_of_hugging_faces_holds_nothing_out(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(lambda: evals.main([str(llama), "--held_out_of", str(llama)])) == 2
+    assert "holds nothing out; name a run" in capsys.readouterr().err
+
+
 def test_a_comparison_of_no_tasks_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text('{"tasks": {"piqa": {}}}')
     assert exit_code_of(lambda: evals.main([str(llama), "--compare", str(tmp_path / "other.json")])) == 2
