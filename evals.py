@@ -224,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\n" + comparison(finished, other["tasks"]))
     write()
     say(f"\nwritten to {_from_here(output)}")
+    sys.stdout.flush()
+    processes.wait_for_everyone()  # a launcher ends the others when the first of them leaves with a code
     processes.destroy_process_group()
     return DataError.exit_code if failed else 0
 
