@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=1))
     device, first = processes.device, processes.is_main_process
-    say, warn = (print, complain) if first else (lambda *_: None, lambda *_: None)
+    say, warn = (print, complain) if first else (lambda *_, **__: None, lambda *_: None)
 
     def divided(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """work(item) of each, divided among the processes. All get all results, in order, or the first DataError."""
@@ -223,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if other:
         say("\n" + comparison(finished, other["tasks"]))
     write()
-    say(f"\nwritten to {_from_here(output)}")
-    sys.stdout.flush()
+    say(f"\nwritten to {_from_here(output)}", flush=True)
     processes.wait_for_everyone()  # a launcher ends the others when the first of them leaves with a code
     processes.destroy_process_group()
     return DataError.exit_code if failed else 0
