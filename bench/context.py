@@ -23,7 +23,7 @@ def context() -> dict[str, Any]:
     from hardware import describe
 
     return {
-        "command": "python bench/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python bench/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(str(Path.home()), "~"),
         "commit": git("rev-parse", "--short", "HEAD"),
         "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py")),
         "date": date.today().isoformat(),
