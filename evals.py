@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import math
 import os
 import time
@@ -94,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
-    from metrics import Score, diversity, rows_to_score, score_rows, without_nan
+    from metrics import Score, diversity, read_results, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from sampling import generate_text
     from scoring import Model, OwnModel, answers_of, fingerprint, hub_model, summary
@@ -114,6 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{arguments.compare} has no results of tasks; measure it first, with the same --limit")
         if not (names or read_results(output).get("tasks")):
             raise ConfigError("--compare is of tasks, and none of this model's is measured; name some with --tasks")
+    if not (path or names or arguments.held_out_of or read_results(output).get("tasks")):
+        raise ConfigError(
+            "there is nothing to measure: a model of Hugging Face's holds nothing out; name --tasks, or --held_out_of"
+        )
 
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=1))
     device, first = processes.device, processes.is_main_process
@@ -148,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
     by = "" if path else " | in our GPT" if isinstance(subject, OwnModel) else " | in transformers"
     shown = _from_here(path) if path else arguments.checkpoint
-    say(f"{shown} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}\n")
+    say(f"{shown} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}")
 
     if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
         if not isinstance(subject, OwnModel):
@@ -177,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(scores) > 1:
             scores["all"] = Score.concatenate(list(scores.values()))
         results["held_out"] = {name: score.summary() for name, score in scores.items()}
-        say(table(results["held_out"], *HELD_OUT))
+        say("\n" + table(results["held_out"], *HELD_OUT))
     if path:
         settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
         results["samples"] = {p: generate_text(model, p, tokenizer, settings)[0] for p in arguments.prompts}
@@ -229,17 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DataError.exit_code if failed else 0
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """What an earlier call wrote; empty if there is nothing."""
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError):
-        results = {}
-    return results if isinstance(results, dict) and isinstance(results.get("tasks"), dict) else {}
-
-
 HELD_OUT = "held out        tokens", "loss .3f 16, perplexity .1f 17, bits_per_byte .4f 17, top1 .1% 14, top5 .1% 14"
-TASK = "task                  n", "acc .1% 17, acc_norm .1% 17, perplexity .1f 18, chance .1% 9, seconds ,.0f 9"
+TASK = "task                  n", "acc .1% 17, acc_norm .1% 17, perplexity .1f 19, chance .1% 9, seconds ,.0f 9"
 
 
 def table(rows: dict[str, dict[str, Any]], head: str, columns: str) -> str:
@@ -281,7 +275,9 @@ def comparison(these: dict[str, dict[str, Any]], others: dict[str, dict[str, Any
 
 def _cell(values: dict[str, float | None], name: str, form: str, width: str) -> str:
     parts = [values[key] for key in (name, f"{name}_se") if key in values]
-    return " +- ".join("-" if x is None or math.isnan(x) else format(x, form) for x in parts).rjust(int(width))
+    forms = (".1e" if x and abs(x) >= 1e5 else form for x in parts)  # such a perplexity would burst its column
+    cells = ("-" if x is None or math.isnan(x) else format(x, form) for x, form in zip(parts, forms, strict=True))
+    return " +- ".join(cells).rjust(int(width))
 
 
 if __name__ == "__main__":

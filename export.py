@@ -193,7 +193,7 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
 def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: Config, form: str) -> str:
     """README.md: what the model is, what it was trained on, what was measured, how to run it."""
     from checkpoint import is_hub_model, read_state
-    from evals import read_results
+    from metrics import read_results
 
     c, millions = model.config, model.parameter_counts()["total"] / 1e6
     training = f"Imported from {path.name}: see its own card, also for its licence.\n"
@@ -216,7 +216,7 @@ def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: 
             error = score[f"{metric}_se"]  # None of a single document
             right = f"{score[metric]:.1%}" + (f" +- {error:.1%}" if error else "")
             training += f"| {task} | {score['n']:,} | {right} ({metric}) | {score['chance']:.1%} |\n"
-    run = f"`ollama create {name} -f Modelfile; ollama run {name}`\n" if form != "none" else ""
+    run = f"\n`ollama create {name} -f Modelfile; ollama run {name}`\n" if form != "none" else ""
     if run and tokenizer.name == "bpe":
         run += """
 In training a number was cut into tokens of three digits at most. llama.cpp, and so Ollama, has no such rule: there a
@@ -245,7 +245,6 @@ ids = tokenizer("The people", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=100, do_sample=True)[0]))
 ```
 {run}
-
 ## Licence
 
 Not chosen yet: whoever publishes the weights adds `license:` to this file's head.

@@ -184,6 +184,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What evals.py wrote to eval-*.json; empty if there is nothing."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):
+        results = {}
+    return results if isinstance(results, dict) and isinstance(results.get("tasks"), dict) else {}
+
+
 def code_version() -> str | None:
     """The commit of this code, with "-dirty" when files differ from it; None outside a git checkout."""
     folder = Path(__file__).resolve().parent

@@ -467,7 +467,7 @@ def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(tmp_path: 
     classes = {"AutoConfig": "its.C", "AutoModelForCausalLM": "its.M", "AutoTokenizer": "its.M"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": classes}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["its.M", None]}}))
-    command = [sys.executable, str(ROOT / "evals.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "evals.py"), str(tmp_path), "--tasks", "piqa"]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, env=environment, input="y\n" * 9, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4, done.stderr
@@ -491,6 +491,12 @@ def test_a_model_of_hugging_faces_holds_nothing_out(llama: Path, capsys: pytest.
     assert "holds nothing out; name a run" in capsys.readouterr().err
 
 
+def test_a_model_of_hugging_faces_without_a_task_is_refused(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(lambda: evals.main([str(llama)])) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    assert not (llama / "eval.json").exists()
+
+
 def test_a_comparison_of_no_tasks_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text('{"tasks": {"piqa": {}}}')
     assert exit_code_of(lambda: evals.main([str(llama), "--compare", str(tmp_path / "other.json")])) == 2
@@ -501,5 +507,5 @@ def test_without_transformers_the_remedy_is_one_line(
     llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert exit_code_of(lambda: evals.main([str(llama)])) == 2
+    assert exit_code_of(lambda: evals.main([str(llama), "--tasks", "piqa"])) == 2
     assert "pip install transformers" in capsys.readouterr().err
