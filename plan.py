@@ -84,9 +84,12 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
           f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
     print(f"speed     {rate:,.0f} tokens/s, {speed.source}")
+    measured = "" if gpu else (
+        f", {n_validations} validations {duration(n_validations * speed.validation)}, "
+        f"{n_saves} checkpoints {duration(n_saves * speed.checkpoint)}"
+    )  # fmt: skip
     print(f"time      {duration(seconds)}: {total_steps:,} steps {duration(total_steps * speed.step)}, compiling "
-          f"{duration(speed.compiling)}, {n_validations} validations {duration(n_validations * speed.validation)}, "
-          f"{n_saves} checkpoints {duration(n_saves * speed.checkpoint)}")  # fmt: skip
+          f"{duration(speed.compiling)}{measured}")  # fmt: skip
     if price_per_hour:
         print(f"price     {seconds / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour")
     for warning in _warnings(config, world_size, total_steps, tokens, counts, passes):
