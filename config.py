@@ -300,7 +300,8 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     resume: bool = False  # continue the run from its newest complete checkpoint; start it if there is none
     restart_data: bool = False  # resume with other datasets or shares: the run goes on, its documents begin anew
-    init_from: str = ""  # start a new run with the weights, model settings and tokenizer of this checkpoint
+    # start a new run with the weights, model settings and tokenizer of this run, checkpoint or model of Hugging Face's
+    init_from: str = ""
 
     def validate(self, world_size: int = 1) -> typing.Self:
         """Check every field and every pair that can contradict; returns self, raises ConfigError.

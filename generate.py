@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Arguments(GenerationConfig):
-    """Continue a prompt. The text begins with end-of-text, as every document in training does; generation stops
-    when the model writes end-of-text. A prompt longer than the model's context keeps its last tokens, and says so.
+    """Continue a prompt, which begins a document, until the model writes end-of-text.
+
+    A prompt longer than the model's context keeps its last tokens, and says so.
     """
 
-    checkpoint: tyro.conf.Positional[str] = tyro.MISSING  # a run's folder, or one of its step-* folders
-    int8: bool = False  # weights rounded to 8 bits: about twice as fast on a CPU
+    # a run's folder, one of its step-* folders, or a model of Hugging Face's that can be imported
+    checkpoint: tyro.conf.Positional[str] = tyro.MISSING
+    int8: bool = False  # weights rounded to 8 bits: faster on a CPU, and the text differs a little
     prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
     explain: str = ""  # also write a page to this .html: each token's probability, attention, what each layer expects
 
