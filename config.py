@@ -391,7 +391,7 @@ PRESETS: dict[str, Config] = {
             max_steps=560,
             lr=0.03,
             warmup_tokens=80_000,
-            eval_every=280,
+            eval_every=140,
             save_every=280,
         ),
     ),
