@@ -253,7 +253,7 @@ def train(config: Config) -> int:
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
     )
     blocks = ", each block by itself" if c.fsdp else ""
-    on = f"on{blocks}: half a minute or more before the first step"
+    on = f"on{blocks}: the first step waits for it"
     say(f"compile   {on if compiled else why_not_compile(device) or 'off'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)

@@ -22,6 +22,7 @@ from bench.context import context
 from checkpoint import load_model
 from config import PRESETS
 from decoding import DecodeStep
+from errors import exit_code_of
 from files import write_json
 from metrics import mean_and_error
 from model import KVCache
@@ -69,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

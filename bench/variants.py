@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model as model_module
 import optim
 from model import GPT, Block
 from prepare_data import IGNORED, Batch, DatasetPrep
@@ -66,13 +65,6 @@ def out_projections_small() -> None:
                 nn.init.normal_(out.weight, std=std)
 
     after_init(change)
-
-
-def embedding_std(std: float) -> Callable[[], None]:
-    def change(gpt: GPT) -> None:
-        nn.init.normal_(gpt.embedding.weight, std=std)
-
-    return lambda: after_init(change)
 
 
 def qk_gain(gain: float) -> Callable[[], None]:
@@ -125,31 +117,6 @@ def first_input_shortcut() -> None:
         return plain(self, shares[0] * x + shares[1] * first[0], cos, sin, cache, layer)
 
     Block.__init__, Block.forward = init, forward  # type: ignore[method-assign]
-
-
-def logit_softcap(cap: float) -> Callable[[], None]:
-    """c tanh(logits / c) in the loss. Not exportable to Qwen3."""
-
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf_x, leaf_w = x.detach().requires_grad_(), weight.detach().requires_grad_()
-            logits = cap * torch.tanh((leaf_x @ leaf_w.mT).float() / cap)
-            nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-            grads = torch.autograd.grad(nats, (leaf_x, leaf_w))
-        ctx.save_for_backward(grads[0], grads[1].float())
-        return nats.detach()
-
-    def change() -> None:
-        model_module.HeadLoss.forward = staticmethod(forward)  # type: ignore[method-assign]
-        plain = GPT.forward
-
-        def capped(self: GPT, ids: Tensor, targets: Tensor | None = None, *a: Any, **k: Any) -> Tensor:
-            out = plain(self, ids, targets, *a, **k)
-            return out if targets is not None else cap * torch.tanh(out / cap)
-
-        GPT.forward = capped  # type: ignore[method-assign]
-
-    return change
 
 
 # ---- the optimizer ------------------------------------------------------------------------------
@@ -242,11 +209,6 @@ def normuon(beta: float = 0.95) -> None:
     optim.orthogonalize_together = orthogonalize_together
 
 
-def normuon_with_warmup() -> None:
-    normuon()
-    momentum_warmup(100)()
-
-
 def muon_4_steps() -> None:
     """Without the first of the five polynomials: directions under a hundredth of the largest stay small."""
     optim._SAFE_POLYNOMIALS = optim._SAFE_POLYNOMIALS[1:]
@@ -316,25 +278,20 @@ def batch_warmup(batches: int) -> Callable[[], None]:
 
 VARIANTS: dict[str, Callable[[], None]] = {
     "out-projections-small": out_projections_small,
-    "embedding-std-0.02": embedding_std(0.02),
     "embedding-norm": embedding_norm,
     "qk-gain-1.5": qk_gain(math.sqrt(1.5)),
     "residual-scalars": residual_scalars,
     "first-input-shortcut": first_input_shortcut,
-    "logit-softcap-15": logit_softcap(15.0),
     "momentum-warmup-100": momentum_warmup(100),
     "momentum-0.9": momentum_of(0.9),
-    "momentum-0.97": momentum_of(0.97),
     "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
     "muon-4-steps": muon_4_steps,
     "normuon": normuon,
-    "normuon-warmup": normuon_with_warmup,
     "torch-muon": torch_muon,
     "short-rows-first": short_rows_first((100, 4)),
     "short-rows-first-200": short_rows_first((67, 4)),  # of 200 steps
-    "short-rows-first-560": short_rows_first((187, 4)),
     "shorter-rows-first": short_rows_first((100, 8)),
     "short-rows-half": short_rows_first((150, 4)),
     "short-rows-two-thirds": short_rows_first((200, 4)),
