@@ -184,7 +184,8 @@ def test_a_report_draws_each_logged_point_of_a_real_run_in_both_themes(tmp_path:
     last = next(r for r in reversed(records) if r["kind"] == "validation")
     assert last["seconds"] / 60 <= ends["trained"] < 1.2 * last["seconds"] / 60
     assert ends["clock"] > 0.9 * (records[-1]["time"] - records[0]["time"]) / 60
-    assert "4.486 ± 0.019" in page.inner_text("#summary")
+    held_out = json.loads(next(DEMO.glob("eval-*.json")).read_text())["held_out"]["all"]
+    assert f"{held_out['loss']:.3f} ± {held_out['loss_se']:.3f}" in page.inner_text("#summary")
     assert "The people of the United States" in page.inner_text("main")  # of its evaluation
     light, expected = page.evaluate(COLOURS), dark.evaluate(COLOURS)
     assert light[0][0] == "rgb(255, 255, 255)"
