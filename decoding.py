@@ -1,46 +1,189 @@
 """The model's forward pass for one more token of each row: what a text is written with, once its prompt was read.
 
-The same mathematics as model.py in a third of the operations: one token of a small model takes less time to compute
-than its operations take to start, and one token of a large model as long as its weights take to read.
+The same mathematics as model.py in few operations: one token of a small model takes less time to compute than its
+operations take to start, and one token of a large model as long as its weights take to read. On a CPU with a C++
+compiler it is one operation, decoding.cpp.
 
 Shapes as in model.py: B batch, H heads, G key/value heads, K head_dim, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import ConfigError
+from errors import ConfigError, complain
+from files import PARTIAL
 from model import GPT, Block, KVCache, RMSNorm
 
-Product = Callable[[Tensor], Tensor]  # x (B, inputs) -> x W^T (B, outputs)
-SMALL = 2**19  # weights in a matrix that a CPU multiplies faster in fp32: from its caches, starting takes longest
+Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
+FEW = 4  # rows: for 8, torch's products, which use the matrix units, are 1.5 times as fast as the vector units
+
+
+def decode_step(model: GPT, rows: int = 1, int8: bool = False) -> Decode:
+    """The fastest step there is here for so many rows. The model's weights must not change while it is used.
+
+    int8: round each row of each matrix to 8 bits, with a scale of its own. Raises ConfigError where there is no such
+    step: there is one for a CPU that computes in bf16, with a C++ compiler.
+    """
+    dtype = format_of(model)
+    in_cpp = model.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None
+    if int8 and not (in_cpp and dtype == torch.bfloat16):
+        raise ConfigError("int8 weights are for a CPU that computes in bf16, with a C++ compiler; leave --int8 out")
+    return CompiledStep(model, int8) if in_cpp and (int8 or rows <= FEW) else DecodeStep(model)
+
+
+def format_of(model: GPT) -> torch.dtype:
+    """What its products compute in: the weights' own format, or that of autocast around it."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.embedding.weight.dtype
+
+
+# ---- in C++, for a CPU --------------------------------------------------------------------------
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("rows", "columns")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _Matrix) for name in ("wqkv", "wo", "w_up", "w_down")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [("layers", ctypes.POINTER(_Layer)), ("head", _Matrix)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("n_layers", "D", "H", "G", "K", "threads", "swiglu")]
+    _fields_ += [("eps", ctypes.c_double)]
+
+
+class CompiledStep:
+    """decoding.cpp with the weights of a model, which must not change meanwhile."""
+
+    def __init__(self, model: GPT, int8: bool = False):
+        c, self._dtype = model.config, format_of(model)
+        self._held: list[Tensor] = []  # what the pointers point to
+
+        def vector(values: Tensor) -> int:
+            self._held.append(values.detach().float().contiguous())
+            return self._held[-1].data_ptr()
+
+        def matrix(weight: Tensor) -> _Matrix:
+            scale = None
+            weight = weight.detach()
+            if int8:
+                rows = weight.float()
+                scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+                weight, scale = (rows / scales).round().to(torch.int8), vector(scales)
+            else:
+                weight = weight.to(self._dtype)
+            self._held.append(weight.contiguous())
+            return _Matrix(self._held[-1].data_ptr(), scale, *weight.shape)
+
+        blocks = [block for block in model.blocks if isinstance(block, Block)]
+        layers = (_Layer * c.n_layers)()
+        for layer, b in zip(layers, blocks, strict=True):
+            a = b.attention
+            layer.wqkv, layer.wo = matrix(a.wqkv.weight), matrix(a.wo.weight)
+            layer.w_up, layer.w_down = matrix(b.mlp.w_up.weight), matrix(b.mlp.w_down.weight)
+            layer.attention_norm, layer.mlp_norm = vector(b.attention_norm.weight), vector(b.mlp_norm.weight)
+            if isinstance(a.q_norm, RMSNorm) and isinstance(a.k_norm, RMSNorm):
+                layer.q_norm, layer.k_norm = vector(a.q_norm.weight), vector(a.k_norm.weight)
+        sizes = (c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, 0, c.mlp == "swiglu", c.norm_eps)
+        vectors = (vector(model.final_norm.weight), vector(model.cos), vector(model.sin))
+        self._model = _Model(layers, matrix(model.head.weight), *vectors, *sizes)
+        self._embedding, self._config, self._n_vocab = model.embedding.weight.detach(), c, model.head.weight.size(0)
+        cached = "float" if self._dtype == torch.float32 else "bf16"
+        self._step = getattr(library(), f"step_{'int8_t' if int8 else cached}_{cached}")
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """ids (B,), the newest token of each row -> logits (B, V) of the next; adds them to the cache.
+
+        Raises ValueError when the positions exceed the model's context.
+        """
+        c, t = self._config, cache.seen
+        if t >= c.max_length:
+            raise ValueError(f"{t + 1} tokens exceed the model's context of {c.max_length}")
+        keys, values, length = cache.keys, cache.values, cache.keys.size(3)
+        for kept in (keys, values):  # or it would write elsewhere
+            fits = kept.shape == (c.n_layers, len(ids), c.n_kv_heads, length, c.head_dim) and t < length
+            if not (fits and kept.dtype == self._dtype and kept.is_contiguous()):
+                raise ValueError(f"a cache of {tuple(kept.shape)}, {kept.dtype}, has no room for these tokens")
+        x = F.embedding(ids, self._embedding).float()
+        logits = torch.empty(len(ids), self._n_vocab)
+        self._model.threads = torch.get_num_threads()
+        pointers = (x.data_ptr(), keys.data_ptr(), values.data_ptr(), len(ids), length, t, logits.data_ptr())
+        self._step(ctypes.byref(self._model), *(ctypes.c_int64(p) for p in pointers))
+        cache.seen += 1
+        return logits
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """decoding.cpp, compiled for this processor and kept in ~/.cache/basicgpt; or None, and a line with the reason."""
+    source = Path(__file__).with_name("decoding.cpp")
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")), None)
+    options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    if platform.machine() == "x86_64":
+        options.append("-mprefer-vector-width=512")
+    try:
+        if compiler is None:
+            raise OSError("no C++ compiler found")
+        key = f"{source.read_text()} {compiler} {options} {_instructions()}".encode()
+        file = Path(f"~/.cache/basicgpt/decoding-{hashlib.sha256(key).hexdigest()[:16]}.so").expanduser()
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f"{PARTIAL}{file.name}.{os.getpid()}")
+            done = subprocess.run([compiler, *options, source, "-o", partial], capture_output=True, text=True)
+            if done.returncode:
+                raise OSError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+            partial.replace(file)
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        complain(f"text is written more slowly, for decoding.cpp could not be compiled: {error}")
+        return None
+
+
+def _instructions() -> str:
+    """The processor's: a home folder may be shared by several machines."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.machine()} {platform.processor()}"
+
+
+# ---- in torch's operations, for all else ----------------------------------------------------------
 
 
 class DecodeStep:
-    """A model, ready to be asked for one token after another. Its weights must not change meanwhile.
+    """A model, ready to be asked for one token after another. Its weights must not change meanwhile."""
 
-    int8: round each row of each matrix to 8 bits, with a scale of its own. Raises ConfigError where that product
-    does not exist: on a CPU it does, for a model in bf16.
-    """
-
-    def __init__(self, model: GPT, int8: bool = False):
+    def __init__(self, model: GPT):
         c, device = model.config, model.device.type
         # Under autocast, the weights' copies in its format are made here and once, instead of by each product.
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else model.embedding.weight.dtype
-        if int8 and (device, dtype) != ("cpu", torch.bfloat16):
-            raise ConfigError("int8 weights are for a CPU that computes in bf16; leave --int8 out")
+        dtype = format_of(model)
         # Between the products all is in fp32 on a CPU, where that is as fast, and beside fp16, whose largest number the
         # residual stream may pass.
         between = torch.float32 if device == "cpu" or dtype == torch.float16 else dtype
 
-        def prepare(weight: Tensor) -> Product:
-            return int8_product(weight) if int8 else product(weight.to(dtype))
+        def prepare(weight: Tensor) -> Callable[[Tensor], Tensor]:
+            held = weight.to(dtype)
+            return lambda x: F.linear(x.to(dtype), held).to(between)
 
         self._config, self._dtype = c, between
         self._embedding, self._head = model.embedding.weight, prepare(model.head.weight)
@@ -104,32 +247,3 @@ def normed(x: Tensor, eps: float) -> Tensor:
     if x.dtype != torch.float32:
         return F.rms_norm(x, (x.size(-1),), None, eps)
     return x * torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.size(-1) + eps)
-
-
-def product(weight: Tensor) -> Product:
-    """With weights as they are; on a CPU in fp32 if there are few.
-
-    A CPU reads them at 90% of the memory's speed in a product with a vector, and at 60% in one with a matrix of a
-    single row (bf16).
-    """
-    if weight.device.type != "cpu":
-        return lambda x: F.linear(x.to(weight.dtype), weight).to(x.dtype)
-    held = weight.float() if weight.numel() <= SMALL else weight
-
-    def multiply(x: Tensor) -> Tensor:
-        if len(x) == 1:
-            return torch.mv(held, x[0].to(held.dtype))[None].float()
-        return F.linear(x.to(held.dtype), held).float()
-
-    return multiply
-
-
-def int8_product(weight: Tensor) -> Product:
-    """With weights rounded to the nearest of 255 steps of each row."""
-    rows = weight.float()
-    scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    rounded, scales = (rows / scale).round().to(torch.int8), scale[:, 0].bfloat16()
-    # That product reads 16 weights at a time, and beyond the end of a row whose length is no multiple of it.
-    missing = -rows.size(1) % 16
-    rounded = F.pad(rounded, (0, missing))
-    return lambda x: torch.ops.aten._weight_int8pack_mm(F.pad(x.bfloat16(), (0, missing)), rounded, scales).float()

@@ -31,7 +31,7 @@ class Arguments(GenerationConfig):
 
     # a run's folder, one of its step-* folders, or a model of Hugging Face's that can be imported
     checkpoint: tyro.conf.Positional[str] = tyro.MISSING
-    int8: bool = False  # weights rounded to 8 bits: faster on a CPU, and the text differs a little
+    int8: bool = False  # weights rounded to 8 bits: one text faster on a CPU, and it differs a little
     prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
     explain: str = ""  # also write a page to this .html: each token's probability, attention, what each layer expects
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch  # after parsing: --help and mistakes are answered at once
 
     from checkpoint import load_model
-    from decoding import DecodeStep
+    from decoding import decode_step
     from hardware import best_dtype, default_device
     from sampling import TextStream, encode_prompt, generate_ids
 
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the prompt has {len(ids)} tokens; the model sees its last {model.config.max_length}", file=sys.stderr)
 
     with torch.inference_mode():
-        steps = generate_ids(model, ids, tokenizer, arguments, decode=DecodeStep(model, arguments.int8))
+        decode = decode_step(model, arguments.num_samples, arguments.int8)
+        steps = generate_ids(model, ids, tokenizer, arguments, decode=decode)
         if arguments.num_samples == 1:  # show it as it grows
             print(prompt, end="", flush=True)
             stream, written = TextStream(tokenizer), []

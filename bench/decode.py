@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.context import context
 from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
-from decoding import DecodeStep
+from decoding import decode_step
 from export import write_gguf
 from files import write_json
 from interop import to_hub_weights
@@ -53,7 +53,7 @@ def ours(shape: GPTConfig, n_vocab: int, tokens: int, int8: bool) -> Callable[[]
     model = GPT(shape.resolved(n_vocab)).to(torch.bfloat16).eval()
     tokenizer = tokenizer_of(n_vocab)
     greedy = GenerationConfig(max_tokens=tokens, temperature=0)
-    step = DecodeStep(model, int8)
+    step = decode_step(model, int8=int8)
 
     def decode() -> None:
         n = sum(1 for _ in generate_ids(model, [1] * PROMPT, tokenizer, greedy, decode=step))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from bench.context import context
 from checkpoint import load_model
 from config import PRESETS
-from decoding import DecodeStep
+from decoding import Decode, decode_step
 from errors import exit_code_of
 from files import write_json
 from metrics import mean_and_error
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 256
 
 
-def nats_of_rows(step: DecodeStep, rows: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def nats_of_rows(step: Decode, rows: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Summed cross-entropy of each of rows (B, T + 1)."""
     nats = torch.zeros(len(rows))
     for t in range(rows.size(1) - 1):
@@ -57,7 +57,7 @@ def main() -> int:
         bits = {}
         for int8 in (False, True):
             cache = KVCache(model.config, len(rows), LENGTH, torch.device("cpu"), torch.bfloat16)
-            bits[int8] = nats_of_rows(DecodeStep(model, int8), rows, cache) / torch.log(torch.tensor(2.0))
+            bits[int8] = nats_of_rows(decode_step(model, int8=int8), rows, cache) / torch.log(torch.tensor(2.0))
         whole = {int8: float(each.sum() / n_bytes.sum()) for int8, each in bits.items()}
         mean, error = mean_and_error(((bits[True] - bits[False]) / n_bytes.mean(dtype=torch.float32)).tolist())
         print(f"{Path(name).name}: bf16 {whole[False]:.4f} bits per byte, int8 {mean:+.5f} +- {error:.5f}", flush=True)

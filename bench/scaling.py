@@ -62,13 +62,13 @@ def decoding(rounds: int) -> dict[str, list[float]]:
     import torch
 
     from config import PRESETS
-    from decoding import DecodeStep
+    from decoding import decode_step
     from model import GPT, KVCache
 
     shape = PRESETS["demo"].model.resolved(PRESETS["demo"].data.n_vocab)
     shape.max_length = max(POSITIONS) + 48
     model = GPT(shape).to(torch.bfloat16).eval()
-    step = DecodeStep(model)
+    step = decode_step(model)
     cached, anew = [], []
     with torch.inference_mode():
         for position in POSITIONS:

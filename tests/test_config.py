@@ -605,7 +605,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "memory": {"config", "errors", "model", "optim"},
     "interop": {"config", "errors", "tokenizer"},
     "checkpoint": {"config", "errors", "files", "interop", "model", "tokenizer"},
-    "decoding": {"errors", "model"},
+    "decoding": {"errors", "files", "model"},
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
     "pages": {"files"},
     "explain": {"model", "sampling", "tokenizer"},

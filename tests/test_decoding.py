@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from decoding import DecodeStep, int8_product
+import decoding
+from config import GenerationConfig
+from decoding import CompiledStep, Decode, DecodeStep, decode_step
 from errors import ConfigError
 from model import GPT, KVCache
+from sampling import generate_ids
 
 Build = Callable[..., GPT]
+ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [
     {}, {"mlp": "relu2"}, {"n_kv_heads": 1}, {"tie_embeddings": True}, {"head_dim": 24}, {"norm_eps": 0.1},
-    {"qk_norm": False, "n_kv_heads": 2},
+    {"qk_norm": False, "n_kv_heads": 2}, {"d_model": 44, "n_heads": 1, "n_kv_heads": 1, "d_ff": 37, "vocab_size": 129},
 ]  # fmt: skip
 
 
@@ -28,59 +36,158 @@ def trained(model: GPT) -> GPT:
     return model.eval()
 
 
+def steps_from(decode: Decode, model: GPT, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The logits (B, T - prompt, V) of one token after another behind a prompt."""
+    cache = KVCache(model.config, len(ids), ids.size(1), model.device, model.embedding.weight.dtype)
+    if prompt:
+        model(ids[:, :prompt], cache=cache)
+    return torch.stack([decode(ids[:, t], cache) for t in range(prompt, ids.size(1))], dim=1)
+
+
+@pytest.mark.parametrize("kind", [CompiledStep, DecodeStep])
 @pytest.mark.parametrize("fields", SHAPES, ids=repr)
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.inference_mode()
 def test_token_by_token_the_logits_are_those_of_the_whole_text(
-    tiny_model: Build, fields: dict[str, Any], rows: int
+    tiny_model: Build, fields: dict[str, Any], rows: int, kind: Any
 ) -> None:
     model = trained(tiny_model(**fields))
     ids = torch.randint(0, model.config.vocab_size, (rows, model.config.max_length))
-    whole = model(ids)
+    decode = kind(model)
+    torch.testing.assert_close(steps_from(decode, model, ids, 5), model(ids)[:, 5:], rtol=1e-4, atol=1e-4)
     cache = KVCache(model.config, rows, model.config.max_length, model.device, torch.float32)
-    model(ids[:, :5], cache=cache)
-    decode = DecodeStep(model)
-    for t in range(5, ids.size(1)):
-        torch.testing.assert_close(decode(ids[:, t], cache), whole[:, t], rtol=1e-4, atol=1e-4)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match="33 tokens exceed the model's context of 32"):
         decode(ids[:, 0], cache)
 
 
 @pytest.mark.parametrize("fields", SHAPES, ids=repr)
 @torch.inference_mode()
-def test_int8_weights_give_nearly_the_same_logits(tiny_model: Build, fields: dict[str, Any]) -> None:
+def test_in_bf16_the_compiled_step_is_nearer_to_fp32_than_torch(tiny_model: Build, fields: dict[str, Any]) -> None:
     model = trained(tiny_model(**fields)).bfloat16()
+    ids = torch.randint(0, model.config.vocab_size, (2, 30))
+    compiled, in_torch = (steps_from(kind(model), model, ids, 5).float() for kind in (CompiledStep, DecodeStep))
+    exact = model.float()(ids)[:, 5:]  # the same weights, all else in fp32
+    errors = [(logits - exact).square().mean() / exact.square().mean() for logits in (compiled, in_torch)]
+    assert errors[0] < 0.001
+    assert errors[0] < 1.2 * errors[1]
+
+
+@torch.inference_mode()
+def test_it_computes_the_same_bits_with_any_number_of_threads_and_rows(tiny_model: Build) -> None:
+    model = trained(tiny_model())
+    ids = torch.randint(0, model.config.vocab_size, (3, 20))
+    alone = torch.cat([steps_from(CompiledStep(model), model, row, 0) for row in ids[:, None]])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(steps_from(CompiledStep(model), model, ids, 0), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_under_autocast_weights_in_fp32_are_multiplied_in_bf16(tiny_model: Build) -> None:
+    model = trained(tiny_model())
+    ids = torch.randint(0, model.config.vocab_size, (2, 30))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decode = decode_step(model)
+        cache = KVCache(model.config, 2, 30, model.device, torch.bfloat16)
+        model(ids[:, :5], cache=cache)
+        logits = torch.stack([decode(ids[:, t], cache) for t in range(5, 30)], dim=1)
+    exact = model(ids)[:, 5:]
+    assert 0 < (logits - exact).square().mean() / exact.square().mean() < 0.001
+
+
+@torch.inference_mode()
+def test_weights_that_are_not_numbers_show_in_the_logits(tiny_model: Build) -> None:
+    for name in ("blocks.0.attention.wqkv.weight", "blocks.1.mlp.w_up.weight", "final_norm.weight"):
+        for mlp in ("swiglu", "relu2"):
+            model = trained(tiny_model(mlp=mlp))
+            dict(model.named_parameters())[name].view(-1)[-1] = torch.nan
+            ids = torch.randint(0, model.config.vocab_size, (1, 4))
+            assert steps_from(CompiledStep(model), model, ids, 1)[0, -1].isnan().any(), (name, mlp)
+
+
+@torch.inference_mode()
+def test_a_cache_of_another_shape_or_format_is_refused_not_written_beyond(tiny_model: Build) -> None:
+    model = tiny_model()
+    decode, ids = CompiledStep(model), torch.tensor([1, 2])
+    for rows, length, dtype in ((1, 8, torch.float32), (2, 3, torch.float32), (2, 8, torch.bfloat16)):
+        cache = KVCache(model.config, rows, length, model.device, dtype)
+        cache.seen = 3
+        with pytest.raises(ValueError, match="has no room for these tokens"):
+            decode(ids, cache)
+        assert cache.seen == 3
+
+
+# ---- int8 weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", SHAPES, ids=repr)
+@torch.inference_mode()
+def test_int8_rounds_each_row_to_the_nearest_of_255_steps(tiny_model: Build, fields: dict[str, Any]) -> None:
+    model = trained(tiny_model(**fields | {"tie_embeddings": False})).bfloat16()  # embeddings are not rounded
+    model.get_parameter("blocks.0.mlp.w_down.weight")[3] = 0  # a row without a largest weight
     ids = torch.randint(0, model.config.vocab_size, (2, 20))
-    logits = []
-    for int8 in (False, True):
-        cache = KVCache(model.config, 2, 20, model.device, torch.bfloat16)
-        model(ids[:, :10], cache=cache)
-        decode = DecodeStep(model, int8)
-        logits.append(torch.stack([decode(ids[:, t], cache) for t in range(10, 20)]).float())
-    exact, rounded = logits
-    assert not torch.equal(exact, rounded)
-    assert (exact - rounded).square().mean() < 0.01 * exact.square().mean()
+    int8, exact = (steps_from(decode_step(model, int8=int8), model, ids, 1).float() for int8 in (True, False))
+    for matrix in [m for m in model.float().modules() if isinstance(m, torch.nn.Linear)]:
+        step = matrix.weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        matrix.weight.copy_((matrix.weight / step).round() * step)
+    by_hand = model(ids)[:, 1:]  # all else in fp32
+    assert (int8 - by_hand).square().mean() < 0.001 * by_hand.square().mean()
+    assert 0.0001 < (int8 - exact).square().mean() / exact.square().mean() < 0.01
 
 
-@pytest.mark.parametrize("width", [*range(1, 34), 44, 100, 200, 500])
-@torch.inference_mode()
-def test_int8_products_are_right_for_every_length_of_a_row(width: int) -> None:
-    """torch's own reads beyond the end of rows that are no multiple of 16, and returns or does anything."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(64, width).bfloat16(), torch.randn(3, width)
-    exact = x.bfloat16().float() @ weight.float().mT
-    assert (int8_product(weight)(x) - exact).abs().max() < 0.03 * exact.abs().max()
-
-
-@torch.inference_mode()
-def test_int8_keeps_a_row_of_zeros_and_its_largest_weight(tiny_model: Build) -> None:
-    weight = torch.zeros(16, 32, dtype=torch.bfloat16)
-    weight[1, 3] = -2.5
-    x = torch.zeros(1, 32, dtype=torch.bfloat16)
-    x[0, 3] = 2
-    assert int8_product(weight)(x)[0].tolist() == pytest.approx([0, -5] + 14 * [0], rel=0.01)
-
-
-def test_int8_is_refused_where_its_product_does_not_exist(tiny_model: Build) -> None:
+def test_int8_is_refused_where_there_is_no_such_step(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="leave --int8 out"):
-        DecodeStep(tiny_model(), int8=True)
+        decode_step(tiny_model(), int8=True)
+    monkeypatch.setattr(decoding, "library", lambda: None)
+    with pytest.raises(ConfigError, match="leave --int8 out"):
+        decode_step(tiny_model().bfloat16(), int8=True)
+
+
+# ---- compiling ----------------------------------------------------------------------------------
+
+
+def library_in(home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = "import decoding; print(decoding.library() is not None)"
+    environment = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+
+def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
+    assert library_in(tmp_path).stdout == "True\n"
+    (file,) = (tmp_path / ".cache/basicgpt").iterdir()
+    made = file.stat().st_mtime_ns
+    assert library_in(tmp_path).stdout == "True\n"
+    assert file.stat().st_mtime_ns == made
+
+
+def test_without_a_compiler_or_with_a_broken_one_it_says_so_and_text_is_written_still(tmp_path: Path) -> None:
+    none = library_in(tmp_path, PATH=str(tmp_path))
+    assert none.stdout == "False\n"
+    assert none.stderr == (
+        "text is written more slowly, for decoding.cpp could not be compiled: no C++ compiler found\n"
+    )
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'no rule for this processor' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert "could not be compiled: " in library_in(tmp_path, CXX=str(broken)).stderr
+    assert "no rule for this processor" in library_in(tmp_path, CXX=str(broken)).stderr
+    (tmp_path / "home").write_text("")  # no folder can be made in it
+    assert library_in(tmp_path / "home").stdout == "False\n"
+
+
+@torch.inference_mode()
+def test_what_a_machine_without_a_compiler_writes_is_the_same(
+    tiny_model: Build, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(tiny_model(n_vocab=300))
+    config, texts = GenerationConfig(max_tokens=60, num_samples=2, seed=7), []
+    for kind in (CompiledStep, DecodeStep):
+        assert isinstance(decode_step(model), kind)
+        texts.append(list(generate_ids(model, [1, 2, 3], tiny_tokenizer, config)))
+        monkeypatch.setattr(decoding, "library", lambda: None)
+    assert texts[0] == texts[1]
