@@ -57,7 +57,7 @@ def main() -> int:
         bits = {}
         for int8 in (False, True):
             cache = KVCache(model.config, len(rows), LENGTH, torch.device("cpu"), torch.bfloat16)
-            bits[int8] = nats_of_rows(decode_step(model, int8=int8), rows, cache) / torch.log(torch.tensor(2.0))
+            bits[int8] = nats_of_rows(decode_step(model, len(rows), int8), rows, cache) / torch.log(torch.tensor(2.0))
         whole = {int8: float(each.sum() / n_bytes.sum()) for int8, each in bits.items()}
         mean, error = mean_and_error(((bits[True] - bits[False]) / n_bytes.mean(dtype=torch.float32)).tolist())
         print(f"{Path(name).name}: bf16 {whole[False]:.4f} bits per byte, int8 {mean:+.5f} +- {error:.5f}", flush=True)
