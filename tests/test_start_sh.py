@@ -809,7 +809,7 @@ def box(tmp_path: Path) -> Iterator[Repo]:
     path, tools = tmp_path / "repo", tmp_path / "tools"
     (path / "scripts").mkdir(parents=True)
     tools.mkdir()
-    for source in [*REPO.glob("*.py"), REPO / "requirements.txt", *REPO.glob("scripts/*.py")]:
+    for source in [*REPO.glob("*.py"), REPO / "decoding.cpp", REPO / "requirements.txt", *REPO.glob("scripts/*.py")]:
         (path / source.relative_to(REPO)).symlink_to(source)
     for name in ("start.sh", "scripts/lib.sh", "scripts/supervise.sh"):
         shutil.copy(REPO / name, path / name)

@@ -30,7 +30,7 @@ CHAPTERS = {  # title: its blocks, each some commands and what they print, if it
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the project's scripts, where the tour's first run has been trained, as all chapters expect."""
     folder = tmp_path_factory.mktemp("clone")
-    for file in [*ROOT.glob("*.py"), ROOT / "LICENSE"]:
+    for file in [*ROOT.glob("*.py"), ROOT / "decoding.cpp", ROOT / "LICENSE"]:
         shutil.copy(file, folder)
     for commands, shown in BEGINNING:
         follow(commands, shown, folder)
