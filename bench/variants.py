@@ -225,6 +225,17 @@ def torch_muon() -> None:
     optim.Muon = Theirs  # type: ignore[misc, assignment]
 
 
+def adamw_blocks() -> None:
+    """AdamW, with train.lr, in place of Muon; embedding, head and norms keep their own rates."""
+
+    class InItsPlace(torch.optim.AdamW):
+        def __init__(self, matrices: Any, lr: float, momentum: float, weight_decay: float):
+            weights = [p for p, _ in matrices]
+            super().__init__(weights, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+    optim.Muon = InItsPlace  # type: ignore[misc, assignment]
+
+
 # ---- the data -----------------------------------------------------------------------------------
 
 
@@ -290,6 +301,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-4-steps": muon_4_steps,
     "normuon": normuon,
     "torch-muon": torch_muon,
+    "adamw-blocks": adamw_blocks,
     "short-rows-first": short_rows_first((100, 4)),
     "short-rows-first-200": short_rows_first((67, 4)),  # of 200 steps
     "shorter-rows-first": short_rows_first((100, 8)),
