@@ -509,6 +509,8 @@ def _within_reach(group: str, config: Any) -> None:
         most = 10**4 if f.name == "n_layers" else 10**15 if isinstance(value, int) else 1e30
         too_large = isinstance(value, (int, float)) and abs(value) > most
         _require(not too_large, f"{group}{f.name} is {value}; use at most {most:g}")
+        too_small = isinstance(value, float) and 0 < abs(value) < 1e-30
+        _require(not too_small, f"{group}{f.name} is {value}, too near to 0; use at least 1e-30")
 
 
 def _suggest(word: str, known: typing.Iterable[str]) -> str:

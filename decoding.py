@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import ConfigError, complain
-from files import PARTIAL
+from files import whole_file
 from model import GPT, Block, KVCache, RMSNorm
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
@@ -144,18 +145,27 @@ def library() -> ctypes.CDLL | None:
         if compiler is None:
             raise OSError("no C++ compiler found")
         key = f"{source.read_text()} {compiler} {options} {_instructions()}".encode()
-        file = Path(f"~/.cache/basicgpt/decoding-{hashlib.sha256(key).hexdigest()[:16]}.so").expanduser()
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{PARTIAL}{file.name}.{os.getpid()}")
-            done = subprocess.run([compiler, *options, source, "-o", partial], capture_output=True, text=True)
+        folder, name = Path("~/.cache/basicgpt").expanduser(), f"decoding-{_digest(key)}"
+        for file in folder.glob(f"{name}-*.so"):
+            if file.stem == f"{name}-{_digest(file.read_bytes())}":  # loading half of one would kill the process
+                with contextlib.suppress(OSError):  # of a machine that shares the home folder and has other libraries
+                    return ctypes.CDLL(str(file))
+        with tempfile.TemporaryDirectory() as temporary:
+            made = Path(temporary) / "decoding.so"
+            done = subprocess.run([compiler, *options, source, "-o", made], capture_output=True, text=True)
             if done.returncode:
                 raise OSError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
-            partial.replace(file)
-        return ctypes.CDLL(str(file))
-    except OSError as error:
-        complain(f"text is written more slowly, for decoding.cpp could not be compiled: {error}")
+            code = made.read_bytes()
+        with whole_file(folder / f"{name}-{_digest(code)}.so") as kept:
+            kept.write(code)
+        return ctypes.CDLL(str(folder / f"{name}-{_digest(code)}.so"))
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home folder
+        complain(f"text is written more slowly, without decoding.cpp: {error}")
         return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _instructions() -> str:

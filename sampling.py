@@ -97,7 +97,7 @@ def generate_ids(
     decode = decode or decode_step(model, config.num_samples)
     c, device = model.config, model.device
     generator = torch.Generator(device).manual_seed(config.seed)
-    ids = torch.tensor([prompt] * config.num_samples, device=device)  # (B, n)
+    ids = torch.tensor([prompt], device=device).expand(config.num_samples, -1)  # (B, n)
     ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype

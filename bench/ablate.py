@@ -45,17 +45,18 @@ def run(preset: str, steps: int, seed: int, options: str, common: str) -> float:
 
 
 def main() -> int:
+    from bench.context import context, positive
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("changes", nargs="*", metavar="'NAME: OPTIONS'")
     parser.add_argument("--preset", default="demo")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--common", default="")
-    parser.add_argument("--at_once", type=int, default=2)
+    parser.add_argument("--at_once", type=positive, default=2)
     arguments = parser.parse_intermixed_args()
 
-    from bench.context import context
     from files import write_json
 
     changes = {"as it is": ""} | {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from bench.ablate import run
-from bench.context import context
+from bench.context import context, positive
 from config import Config, load_config
 from files import write_json
 from hardware import choose_precision
@@ -134,12 +134,14 @@ def time_steps(clone: Path, config: Config, rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--seeds", type=int, default=3, help="0: only the seconds of a step")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing; 0: none")
     parser.add_argument("--equal_time", action="store_true")
     parser.add_argument("--common", default="")
     arguments = parser.parse_args()
+    if not (arguments.clone / "nanochat" / "gpt.py").is_file():
+        parser.error(f"{arguments.clone} is no clone of nanochat: it has no nanochat/gpt.py")
 
     config = load_config(["--preset", "demo", *shlex.split(arguments.common)], "", Config)
     out = Path(__file__).resolve().parent.parent / "results" / "bench" / "nanochat.json"

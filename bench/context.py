@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
 import sys
@@ -9,6 +10,13 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+def positive(text: str) -> int:
+    """The type of an option of argparse: a whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
 
 
 def context() -> dict[str, Any]:
@@ -25,7 +33,7 @@ def context() -> dict[str, Any]:
     return {
         "command": "python bench/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(str(Path.home()), "~"),
         "commit": git("rev-parse", "--short", "HEAD"),
-        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py")),
+        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.cpp")),
         "date": date.today().isoformat(),
         "machine": describe(torch.device("cpu")),
         "versions": {name: version(name) for name in ("torch", "pyarrow", "tiktoken", "huggingface_hub")}

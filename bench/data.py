@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from bench.context import context
+from bench.context import context, positive
 from config import DataConfig
 from documents import DocumentStream
 from files import write_json
@@ -38,7 +38,7 @@ PAGE = 3000  # characters of a document: about the mean of FineWeb's
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     rounds = parser.parse_args().rounds
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for everything
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.context import context
+from bench.context import context, positive
 from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import decode_step
@@ -107,9 +107,11 @@ def read_speed() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=positive, default=64)
+    parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args()
+    if arguments.tokens > (most := PRESETS["demo"].model.max_length - PROMPT):  # GPT-2 cannot outgrow its context
+        parser.error(f"--tokens is at most {most}, so that all fits the demo's context")
     results: dict[str, Any] = {"context": context()}
     for size, n_vocab in (("gpt2", 50257), ("demo", PRESETS["demo"].data.n_vocab)):
         shape, tokens = PRESETS[size].model, arguments.tokens

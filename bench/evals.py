@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tasks
-from bench.context import context
+from bench.context import context, positive
 from files import write_json
 from scoring import answers_of, hub_model, summary
 
@@ -166,10 +166,10 @@ def fastest(folder: str) -> tuple[str, str, int, dict[str, float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=500, help="documents of each task")
-    parser.add_argument("--same_limit", type=int, default=8, help="the same, for SmolLM2")
-    parser.add_argument("--speed_limit", type=int, default=64, help="the same, for its speed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=positive, default=500, help="documents of each task")
+    parser.add_argument("--same_limit", type=positive, default=8, help="the same, for SmolLM2")
+    parser.add_argument("--speed_limit", type=positive, default=64, help="the same, for its speed")
+    parser.add_argument("--rounds", type=positive, default=3)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     datasets.load_dataset = local_documents

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from bench.context import context
+from bench.context import context, positive
 from checkpoint import load_model
 from config import PRESETS
 from decoding import Decode, decode_step
@@ -44,7 +44,7 @@ def nats_of_rows(step: Decode, rows: torch.Tensor, cache: KVCache) -> torch.Tens
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--rows", type=int, default=64, help="of each dataset")
+    parser.add_argument("--rows", type=positive, default=64, help="of each dataset")
     arguments = parser.parse_args()
     out = ROOT / "results" / "bench" / "int8.json"
     results = json.loads(out.read_text()) if out.exists() else {}

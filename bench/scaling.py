@@ -90,8 +90,10 @@ def decoding(rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> int:
+    from bench.context import context, positive
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     rounds = parser.parse_args().rounds
 
     import matplotlib
@@ -99,7 +101,6 @@ def main() -> int:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from bench.context import context
     from files import write_json
 
     trained, decoded = training(rounds), decoding(rounds)

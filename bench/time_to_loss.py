@@ -91,13 +91,14 @@ def train_ours(steps: int, seed: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> int:
+    from bench.context import context, positive
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seconds", type=positive, default=300)
     parser.add_argument("--fp32", action="store_true")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     arguments = parser.parse_args()
 
-    from bench.context import context
     from files import write_json
 
     name = "gpt2 fp32" if arguments.fp32 else "gpt2 bf16 compiled"

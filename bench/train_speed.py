@@ -81,15 +81,16 @@ def peak_memory(name: str) -> float:
 
 
 def main() -> int:
+    from bench.context import context, positive
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(peak_memory(arguments.memory))
         return 0
 
-    from bench.context import context
     from bench.peers import gemm_peak
     from config import GPTConfig
     from files import write_json

@@ -140,6 +140,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # settings, words that name 
     ({"generation.top_k": -1}, "top_k is -1", "use 0 (off) or a positive number"),
     ({"generation.top_p": 0.0}, "top_p is 0.0", "use a number above 0 and at most 1 (off)"),
     ({"generation.top_p": NAN}, "top_p is nan", "use a number above 0 and at most 1 (off)"),
+    ({"generation.top_p": 1e-300}, "top_p is 1e-300, too near to 0", "use at least 1e-30"),
+    ({"generation.repetition_penalty": 1e-308}, "repetition_penalty is 1e-308, too near to 0", "use at least 1e-30"),
     ({"generation.min_p": 1.0}, "min_p is 1.0", "use a number from 0 (off) to under 1"),
     ({"generation.repetition_penalty": 0.0}, "repetition_penalty is 0.0", "use a positive number"),
     ({"generation.num_samples": 0}, "num_samples is 0", "use a positive number"),

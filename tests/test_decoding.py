@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,19 +166,35 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert file.stat().st_mtime_ns == made
 
 
+@pytest.mark.parametrize("left", [0, 20_000])
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, left: int) -> None:
+    library_in(tmp_path)
+    (file,) = (tmp_path / ".cache/basicgpt").iterdir()
+    file.write_bytes(file.read_bytes()[:left])
+    again = library_in(tmp_path)  # to load it would end the process by SIGBUS
+    assert (again.stdout, again.stderr, again.returncode) == ("True\n", "", 0)
+
+
 def test_without_a_compiler_or_with_a_broken_one_it_says_so_and_text_is_written_still(tmp_path: Path) -> None:
     none = library_in(tmp_path, PATH=str(tmp_path))
     assert none.stdout == "False\n"
-    assert none.stderr == (
-        "text is written more slowly, for decoding.cpp could not be compiled: no C++ compiler found\n"
-    )
+    assert none.stderr == ("text is written more slowly, without decoding.cpp: no C++ compiler found\n")
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'no rule for this processor' >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert "could not be compiled: " in library_in(tmp_path, CXX=str(broken)).stderr
+    assert "without decoding.cpp: " in library_in(tmp_path, CXX=str(broken)).stderr
     assert "no rule for this processor" in library_in(tmp_path, CXX=str(broken)).stderr
     (tmp_path / "home").write_text("")  # no folder can be made in it
     assert library_in(tmp_path / "home").stdout == "False\n"
+
+
+def test_without_a_home_folder_text_is_written_still(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as for a user of a container whom /etc/passwd does not name
+    assert decoding.library.__wrapped__() is None
+    assert "more slowly, without decoding.cpp: Could not determine home directory" in capsys.readouterr().err
 
 
 @torch.inference_mode()
