@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for part, n_bytes in parts.items():
         print(f"  {part:<24}{n_bytes / 2**30:>8.2f} GB")
-    print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
+    print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}")
+    if config.train.fit_memory:
+        print("  (batch_size auto: the run itself chooses it when it starts, by the memory that is free then)")
+    print()
 
     print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
     print(f"and at most {most_checkpoints(config, config.train.max_steps)} of them on the disk\n")
