@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import Config, GPTConfig, load_config
+from config import RUNS_OPTIONS, Config, GPTConfig, load_config
 from errors import exit_code_of
 
 WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table: 64 of width per layer and head
@@ -28,7 +28,8 @@ class Options(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others.", Options)
+    description = "Parameters, FLOPs and training memory of a model, and of others." + RUNS_OPTIONS
+    config = load_config(argv, description, Options)
     if config.check_disk:
         print(room_for_checkpoints(config))
         return 0

@@ -79,11 +79,10 @@ def test_a_plan_for_a_gpu_that_is_not_here_holds_the_memory_against_the_cards(
         train.main(["--preset", "gpt2", "--plan", "--mfu", "0.4", *options])
         return capsys.readouterr().out
 
-    small, large, fitted = plan("--gpu", "T4"), plan("--gpu", "A100"), plan("--gpu", "T4", "--train.fit_memory")
-    assert "32 rows at once, of 12.7 to use\n" in small  # 85% of 16 * 10^9 bytes
-    assert "32 rows at once, of 31.7 to use\n" in large
-    told = [" ! it may not fit the memory; --train.batch_size auto" in out for out in (small, large, fitted)]
-    assert told == [True, False, False]
+    given, fitted = plan("--gpu", "T4"), plan("--gpu", "T4", "--train.fit_memory")
+    assert "32 rows at once, of 12.7 to use\n" in given  # 85% of 16 * 10^9 bytes
+    told = ["  ! it may not fit the memory; --train.batch_size auto" in out for out in (given, fitted)]
+    assert told == [True, False]
     chosen = re.search(r"memory +([0-9.]+) GB a device at most, with (\d+) rows at once, of 12.7 to use\n", fitted)
     assert chosen
     assert float(chosen[1]) <= 12.7
