@@ -97,9 +97,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
 
-    from bench.context import context
+    from bench.context import PEER, context, need
     from files import write_json
 
+    need(PEER)
     name = "gpt2 fp32" if arguments.fp32 else "gpt2 bf16 compiled"
     trials = [train_peer(arguments.seconds / 4, lr, arguments.fp32, seed=0) for lr in RATES]
     for trial in trials:
