@@ -203,7 +203,7 @@ class TrainingConfig:
     epochs: int = 3  # end the run after this many passes over the datasets; used when max_steps is 0
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
-    lr: float = 0.02  # peak learning rate of the block matrices; with adamw, of every weight (then 6e-4 or so)
+    lr: float = 0.02  # peak rate of block matrices; with adamw, of every weight (6e-4 for a large model, 4e-3 small)
     embedding_lr: float = 0.3  # peak rate of an untied embedding at d_model 768, scaled by sqrt(768/d_model); muon only
     head_lr: float = 0.008  # peak rate of the output head and the norms at d_model 768, scaled likewise; muon only
     weight_decay: float = 0.1  # decoupled decay of the block matrices, per unit of learning rate
@@ -242,7 +242,8 @@ class TrainingConfig:
             _require(name in TRACKERS, f"train.trackers has no {name!r}; {_suggest(name, TRACKERS)}")
         _require(
             self.optimizer != "adamw" or self.lr <= 0.01,
-            f"train.lr {self.lr} is a rate for Muon; with train.optimizer adamw try 6e-4 (at most 0.01)",
+            f"train.lr {self.lr} is a rate for Muon; with train.optimizer adamw try 6e-4 for a large model, "
+            f"4e-3 for a small one (at most 0.01)",
         )
         _require(
             bool(self.run_name) and set(self.run_name) <= _NAME_CHARACTERS and self.run_name[0] not in ".-",
@@ -427,6 +428,10 @@ PRESETS: dict[str, Config] = {
         ),
     ),
 }
+
+
+# For the help of scripts that train nothing: start.sh and people repeat a run's options there as they are.
+RUNS_OPTIONS = "\n\nOptions are a run's; --resume, --restart_data and --init_from do nothing here."
 
 
 def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConfig]) -> AnyConfig:

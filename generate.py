@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -30,9 +31,10 @@ class Arguments(GenerationConfig):
     """
 
     # a run's folder, one of its step-* folders, or a model of Hugging Face's that can be imported
-    checkpoint: tyro.conf.Positional[str] = tyro.MISSING
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = tyro.MISSING
     int8: bool = False  # weights rounded to 8 bits: one text faster on a CPU, and it differs a little
-    prompt: str = ""  # text to continue; @FILE reads a file, - reads standard input; empty starts a new document
+    # text to continue; @FILE reads a file, - standard input, without the last line's end; empty starts a new document
+    prompt: str = ""
     explain: str = ""  # also write a page to this .html: each token's probability, attention, what each layer expects
 
     def validate(self) -> None:
@@ -46,6 +48,8 @@ class Arguments(GenerationConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(Arguments, argv)
     arguments.validate()
+    if arguments.temperature == 0 and arguments.num_samples > 1:
+        complain(f"--temperature 0 always takes the likeliest token: the {arguments.num_samples} texts will be equal")
 
     import torch  # after parsing: --help and mistakes are answered at once
 
@@ -111,16 +115,19 @@ def show_inside(model: GPT, tokenizer: Tokenizer, prompt: list[int], text: list[
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, the file after an @, or standard input for -. Raises UserError for a missing file."""
+    """The prompt itself, the file after an @, or standard input for -, but for the newline that ends their last line.
+
+    Raises UserError for a missing file.
+    """
     if prompt == "-":
         try:
-            return sys.stdin.buffer.read().decode()
+            return re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode())
         except (AttributeError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt -: standard input cannot be read as text ({error})") from None
     if prompt.startswith("@"):
         try:
             with open(prompt[1:], encoding="utf-8") as file:
-                return file.read()
+                return file.read().removesuffix("\n")  # which stands for "\r\n" too
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt {prompt}: the file cannot be read as text ({error})") from None
     return prompt

@@ -78,13 +78,17 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 # Dense products in bf16 (fp16 on the last line's cards), fp32 sums, TFLOP/s: the makers' data sheets, without
-# "sparsity"; in TF32 they do half. The first that is a word of the device's name counts (an RTX A4000 is no A40).
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
-    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
-    "V100": 125, "T4": 65,
+# "sparsity"; in TF32 they do half. Then memory in GB, the least that a card of this name is sold with. The first that
+# is a word of the device's name counts (an RTX A4000 is no A40).
+CARDS = {
+    "B200": (2250, 180), "H200": (989, 141), "GH200": (989, 96), "H100 PCIe": (756, 80), "H100 NVL": (835, 94),
+    "H100": (989, 80), "A100": (312, 40), "A800": (312, 40), "A40": (150, 48), "A30": (165, 24), "A10G": (70, 24),
+    "A10": (125, 24), "L40S": (362, 48), "L40": (181, 48), "L4": (121, 24), "RTX 6000 Ada": (364, 48),
+    "RTX A6000": (155, 48), "RTX 5090": (210, 32), "RTX 4090": (165, 24), "RTX 3090": (71, 24), "MI300X": (1307, 192),
+    "V100": (125, 16), "T4": (65, 16),
 }  # fmt: skip
+PEAK_TFLOPS = {card: tflops for card, (tflops, _) in CARDS.items()}
+MEMORY_GB = {card: gigabytes for card, (_, gigabytes) in CARDS.items()}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

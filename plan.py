@@ -20,8 +20,8 @@ import torch
 from config import DATASETS, Config
 from errors import ConfigError
 from files import PARTIAL
-from hardware import PEAK_TFLOPS, choose_precision, default_device, describe, why_not_compile
-from memory import fitting_batch_size, training_memory, usable_memory
+from hardware import MEMORY_GB, PEAK_TFLOPS, choose_precision, default_device, describe, why_not_compile
+from memory import SHARE_TO_FILL, fitting_batch_size, training_memory, usable_memory
 from metrics import duration, read_metrics
 from model import GPT
 from prepare_data import DatasetPrep, planned_tokens, too_often
@@ -44,9 +44,11 @@ class Speed:
 def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: float, run: Callable) -> int:
     """Print parameters, memory, disk, passes over the data, time and price, and warn of what usually goes wrong.
 
-    gpu: one of PEAK_TFLOPS that is not here: time follows from its peak and the assumed mfu. Otherwise a few steps are
+    gpu: one of CARDS that is not here: time follows from its peak and the assumed mfu. Otherwise a few steps are
     trained by run(config), which is train.py's, in a folder that is removed again.
     """
+    if gpu and gpu not in PEAK_TFLOPS:
+        raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
     c = config.train
     total_steps, per_epoch = run_length(config, world_size)
     config.check_length(total_steps, world_size)
@@ -60,9 +62,11 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free
     passes = {name: tokens * share / n for name, (n, share) in per_epoch.items() if n}
 
-    # Before the measured steps, whose memory torch keeps.
-    usable = 0 if gpu else usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
-    rows = c.batch_size if gpu else _rows_at_once(config, usable, world_size)
+    if gpu:  # GB of 10^9 bytes, as the makers': of a T4's 16, CUDA shows 15.7
+        usable = int(SHARE_TO_FILL["cuda"] * MEMORY_GB[gpu] * 1e9)
+    else:  # before the measured steps, whose memory torch keeps
+        usable = usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
+    rows = _rows_at_once(config, usable, world_size)
     memory = training_memory(config, rows, world_size)
     speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
     if speed is None:
@@ -79,8 +83,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
           f"tokens, {tokens / counts['total']:,.1f} per parameter")  # fmt: skip
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
-    of_these = "" if gpu else f", of {usable / 2**30:.1f} to use"
-    print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once{of_these}")
+    print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once, of "
+          f"{usable / 2**30:.1f} to use")  # fmt: skip
     print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
           f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
     print(f"speed     {rate:,.0f} tokens/s, {speed.source}")
@@ -98,7 +102,7 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
         print(
             "  ! the checkpoints do not fit the disk; lower --train.keep_checkpoints, or choose another --train.out_dir"
         )
-    if not gpu and memory.total > usable and not c.fit_memory:
+    if memory.total > usable and not c.fit_memory:
         print("  ! it may not fit the memory; --train.batch_size auto takes what does, with more accumulation")
     return 0
 
@@ -137,8 +141,6 @@ def run_length(config: Config, world_size: int) -> tuple[int, dict[str, tuple[in
 
 
 def _assumed(gpu: str, mfu: float, flops: int, config: Config, world_size: int) -> Speed:
-    if gpu not in PEAK_TFLOPS:
-        raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
     step = flops * config.tokens_per_step(world_size) / (PEAK_TFLOPS[gpu] * 1e12 * mfu * world_size)
     source = f"if {world_size} x {gpu} reach {mfu:.0%} of {PEAK_TFLOPS[gpu]} TFLOP/s"
     return Speed(step, 60.0, 0.0, 0.0, f"{source} (validation and checkpoints not counted)")

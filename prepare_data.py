@@ -34,7 +34,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from config import DATASETS, Config, DataConfig, load_config
+from config import DATASETS, RUNS_OPTIONS, Config, DataConfig, load_config
 from documents import DocumentStream, key_of
 from errors import ConfigError, exit_code_of
 from files import whole_file, write_json
@@ -511,7 +511,7 @@ class PrepareConfig(Config):
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the sources, the mix and a few rows as the model will see them, and how fast they come; or write shards."""
     description = "Preview the training data: sources, speed, realised mix, decoded rows. Or write it as shards."
-    config = load_config(argv, description, PrepareConfig)
+    config = load_config(argv, description + RUNS_OPTIONS, PrepareConfig)
     data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step())
     tokenizer = data.tokenizer
     print(f"tokenizer {tokenizer.name}, {tokenizer.n_vocab} entries, end-of-text is {tokenizer.eot_id}\n")

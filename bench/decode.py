@@ -4,8 +4,8 @@ A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: 
 greedily behind a prompt of 16 tokens: ours in bf16 and with weights in int8, transformers' GPT2LMHeadModel.generate in
 bf16 and fp32, and, where llama-cpp-python is installed, ours in llama.cpp in f16. The demo's size does so as
 well, but for llama.cpp. They take turns in one process. The bound is what the memory delivers: bytes of the bf16
-weights that a token needs over the speed at which this machine reads memory, measured in the same rounds. Writes
-results/bench/decode.json.
+weights that a token needs over the speed at which this machine reads memory, measured in the same rounds. With the
+default settings it writes results/bench/decode.json.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.context import context, positive
+from bench.context import PEER, context, need, positive, publish
 from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import decode_step
 from export import write_gguf
-from files import write_json
 from interop import to_hub_weights
 from model import GPT
 from sampling import generate_ids
 from tokenizer import Tokenizer, load_tiktoken
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16
 
 
@@ -112,6 +110,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tokens > (most := PRESETS["demo"].model.max_length - PROMPT):  # GPT-2 cannot outgrow its context
         parser.error(f"--tokens is at most {most}, so that all fits the demo's context")
+    need(PEER)
     results: dict[str, Any] = {"context": context()}
     for size, n_vocab in (("gpt2", 50257), ("demo", PRESETS["demo"].data.n_vocab)):
         shape, tokens = PRESETS[size].model, arguments.tokens
@@ -144,8 +143,7 @@ def main() -> int:
                 print(f"  {name}: {medians[name] / medians[peer]:.2f} x {peer}")
         print()
         results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
-    out = ROOT / "results" / "bench" / "decode.json"
-    write_json(out, results)
+    publish(parser, "bench/decode.json", results)
     return 0
 
 

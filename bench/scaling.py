@@ -5,7 +5,7 @@
    constant share of the machine's peak.
 2. Decoding: tokens per second of the demo's model, with a context of 2,048, at the position it has reached; with the
    cache, and computing all positions anew for each token.
-Writes results/bench/scaling.json and scaling.png.
+With the default settings it writes results/bench/scaling.json and scaling.png.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def decoding(rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    from bench.context import context, positive
+    from bench.context import context, positive, publish
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=3)
@@ -101,8 +101,6 @@ def main() -> int:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from files import write_json
-
     trained, decoded = training(rounds), decoding(rounds)
     print(f"{'width':>6}{'MFLOP/token':>13}{'us/token':>10}{'GFLOP/s':>9}")
     for width, flops, seconds in zip(WIDTHS, trained["flops per token"], trained["seconds per token"], strict=True):
@@ -110,8 +108,9 @@ def main() -> int:
     print(f"\n{'position':>8}{'tokens/s':>10}{'without a cache':>17}")
     for row in zip(*decoded.values(), strict=True):
         print(f"{row[0]:>8}{row[1]:>10,.0f}{row[2]:>17,.1f}")
-    folder = ROOT / "results" / "bench"
-    write_json(folder / "scaling.json", {"context": context(), "training": trained, "decoding": decoded})
+    results = {"context": context(), "training": trained, "decoding": decoded}
+    if not publish(parser, "bench/scaling.json", results):
+        return 0
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     x = [f / 1e6 for f in trained["flops per token"]]
@@ -129,7 +128,7 @@ def main() -> int:
     right.plot(decoded["positions"], decoded["without"], "o-", label="all positions anew")
     right.set(yscale="log", xlabel="position", ylabel="tokens per second", title="Decoding, one text")
     right.legend()
-    figure.savefig(folder / "scaling.png", dpi=110)
+    figure.savefig(ROOT / "results" / "bench" / "scaling.png", dpi=110)
     return 0
 
 

@@ -91,7 +91,7 @@ def train_ours(steps: int, seed: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    from bench.context import context, positive
+    from bench.context import PEER, context, need, positive
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=positive, default=300)
@@ -101,6 +101,7 @@ def main() -> int:
 
     from files import write_json
 
+    need(PEER)
     name = "gpt2 fp32" if arguments.fp32 else "gpt2 bf16 compiled"
     trials = [train_peer(arguments.seconds / 4, lr, arguments.fp32, seed=0) for lr in RATES]
     for trial in trials:

@@ -1,10 +1,10 @@
-"""Training throughput and memory beside a peer:  python bench/train_speed.py [--rounds 7]
+"""Training throughput and memory beside a peer:  python bench/train_speed.py [--rounds 5]
 
 One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
 transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
 turns in one process, with the best bf16 matrix product of the machine measured in between. Memory is the highest
 resident size of a process of its own, less what it had before the model was built.
-Writes results/bench/train_speed.json.
+With the default settings it writes results/bench/train_speed.json.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def peak_memory(name: str) -> float:
 
 
 def main() -> int:
-    from bench.context import context, positive
+    from bench.context import PEER, context, need, positive, publish
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -93,9 +93,9 @@ def main() -> int:
 
     from bench.peers import gemm_peak
     from config import GPTConfig
-    from files import write_json
     from model import GPT
 
+    need(PEER)
     contenders = {name: build(name) for name in NAMES}
     for forward_backward, update in contenders.values():
         for _ in range(3):  # compiles, and warms up
@@ -140,8 +140,7 @@ def main() -> int:
         }  # fmt: skip
         if name == "ours":
             results[name] |= {"of the peak": {"forward and backward": flops / fb / peak, "step": flops / step / peak}}
-    out = ROOT / "results" / "bench" / "train_speed.json"
-    write_json(out, results)
+    publish(parser, "bench/train_speed.json", results)
     return 0
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import Config, load_config
+from config import RUNS_OPTIONS, Config, load_config
 from errors import exit_code_of
 
 WIDTH, HEIGHT = 64, 8  # characters of the picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = load_config(argv, "The length of a run and its learning-rate schedule.", Config)
+    config = load_config(argv, "The length of a run and its learning-rate schedule." + RUNS_OPTIONS, Config)
     import torch
 
     from model import GPT

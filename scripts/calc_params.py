@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import Config, GPTConfig, load_config
+from config import RUNS_OPTIONS, Config, GPTConfig, load_config
 from errors import exit_code_of
 
 WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table: 64 of width per layer and head
@@ -28,7 +28,8 @@ class Options(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = load_config(argv, "Parameters, FLOPs and training memory of a model, and of others.", Options)
+    description = "Parameters, FLOPs and training memory of a model, and of others." + RUNS_OPTIONS
+    config = load_config(argv, description, Options)
     if config.check_disk:
         print(room_for_checkpoints(config))
         return 0
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for part, n_bytes in parts.items():
         print(f"  {part:<24}{n_bytes / 2**30:>8.2f} GB")
-    print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}\n")
+    print(f"  {'at most at a time':<24}{memory.total / 2**30:>8.2f} GB, with batch_size {config.train.batch_size}")
+    if config.train.fit_memory:
+        print("  (batch_size auto: the run itself chooses it when it starts, by the memory that is free then)")
+    print()
 
     print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
     print(f"and at most {most_checkpoints(config, config.train.max_steps)} of them on the disk\n")

@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # settings, words that name 
     ({"train.lr": -1e-3}, "train.lr is -0.001", "use a positive number"),
     ({"train.embedding_lr": NAN}, "train.embedding_lr is nan", "use a positive number"),
     ({"train.head_lr": 0.0}, "train.head_lr is 0.0", "use a positive number"),
-    ({"train.optimizer": "adamw"}, "train.lr 0.02 is a rate for Muon", "with train.optimizer adamw try 6e-4"),
+    ({"train.optimizer": "adamw"}, "train.lr 0.02 is a rate for Muon", "try 6e-4 for a large model, 4e-3 for a small"),
     ({"train.batch_size": 0}, "train.batch_size is 0", "use a positive number"),
     ({"train.gradient_accumulation_steps": 0}, "train.gradient_accumulation_steps is 0", "use a positive number"),
     ({"train.epochs": 0}, "train.epochs is 0", "use a positive number"),

@@ -72,6 +72,23 @@ def test_a_plan_for_a_gpu_that_is_not_here_follows_from_its_peak(capsys: pytest.
     assert fast == pytest.approx(989e12 * 0.4 / (float(flops[1].replace(",", "")) * 1e6), rel=1e-3)
 
 
+def test_a_plan_for_a_gpu_that_is_not_here_holds_the_memory_against_the_cards(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def plan(*options: str) -> str:
+        train.main(["--preset", "gpt2", "--plan", "--mfu", "0.4", *options])
+        return capsys.readouterr().out
+
+    given, fitted = plan("--gpu", "T4"), plan("--gpu", "T4", "--train.fit_memory")
+    assert "32 rows at once, of 12.7 to use\n" in given  # 85% of 16 * 10^9 bytes
+    told = ["  ! it may not fit the memory; --train.batch_size auto" in out for out in (given, fitted)]
+    assert told == [True, False]
+    chosen = re.search(r"memory +([0-9.]+) GB a device at most, with (\d+) rows at once, of 12.7 to use\n", fitted)
+    assert chosen
+    assert float(chosen[1]) <= 12.7
+    assert 1 < int(chosen[2]) < 32
+
+
 @pytest.mark.parametrize(
     ("options", "warning"),
     [

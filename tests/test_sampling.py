@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import GenerationConfig, GPTConfig
+from generate import read_prompt
 from model import GPT
 from sampling import (
     NonFiniteError,
@@ -243,6 +245,20 @@ def test_an_empty_prompt_starts_a_new_document(tiny_model: Build, tiny_tokenizer
 
 
 # ---- text as it grows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["two\nlines", "two\nlines\n", "two\r\nlines\r\n", "two\nlines\n\n"])
+def test_a_prompt_from_a_file_or_a_pipe_goes_on_in_its_last_line(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(written.encode())
+    expected = "two\nlines\n" if written.endswith("\n\n") else "two\nlines"  # an empty line is the user's own
+    assert read_prompt(f"@{file}") == expected
+    with file.open() as pipe, monkeypatch.context() as patched:
+        patched.setattr("sys.stdin", pipe)
+        assert read_prompt("-").replace("\r", "") == expected
+    assert read_prompt("kept\n") == "kept\n"
 
 
 @pytest.mark.parametrize("text", ["👩\u200d👩\u200d👧🏳️\u200d🌈", "naïve 漢字 שלום", "plain"])

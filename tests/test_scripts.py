@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.context import publish
 from checkpoint import DiskError, gather_tensors
 from config import PRESETS, Config, GPTConfig, TrainingConfig, load_config
 from memory import training_memory
@@ -76,8 +79,11 @@ def test_calc_params_counts_the_built_model_from_any_folder(tmp_path: Path):
 
 def test_calc_params_counts_other_choices_too(capsys: pytest.CaptureFixture[str]):
     options = "--preset smoke --model.mlp relu2 --model.n_kv_heads 1 --train.optimizer adamw --train.lr 1e-3".split()
+    options += ["--train.batch_size", "auto"]
     assert calc_params.main(options) == 0
-    assert_counts_the_built_model(capsys.readouterr().out, load_config(options, "", Config))
+    shown = capsys.readouterr().out
+    assert_counts_the_built_model(shown, load_config(options, "", Config))
+    assert "GB, with batch_size 4\n  (batch_size auto: the run itself chooses it" in shown
 
 
 @pytest.mark.parametrize("options", ["--model.tie_embeddings", "--train.optimizer adamw --train.lr 1e-3"])
@@ -197,7 +203,47 @@ def test_every_script_answers_help_at_once_and_without_torch(tmp_path: Path):
         result = run(tmp_path, "-X", "importtime", script, "--help")
         assert result.returncode == 0
         assert "--model.d_model" in result.stdout
+        assert "--restart_data and --init_from do nothing here" in " ".join(result.stdout.split())
         assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def without_peers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a Python (-S) that has all packages of this one but transformers."""
+    folder = tmp_path_factory.mktemp("packages")
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith("transformers"):
+            (folder / path.name).symlink_to(path)
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("script", ["decode", "train_speed", "time_to_loss", "interop nowhere", "evals"])
+def test_a_benchmark_without_its_peer_says_at_once_what_to_install(
+    script: str, without_peers: dict[str, str], tmp_path: Path
+):
+    name, *options = script.split()
+    result = run(tmp_path, "-S", str(REPO / f"bench/{name}.py"), *options, **without_peers)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: a package is missing that this compares with: pip install ")
+    assert result.stderr.count("\n") == 1
+    (pinned,) = re.findall(r"^transformers==[\d.]+", (REPO / "requirements-dev.txt").read_text(), re.MULTILINE)
+    assert pinned in result.stderr
+
+
+def test_a_benchmark_publishes_the_figures_of_its_default_settings_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
+    assert not publish(parser, str(file), {"figure": 1})
+    assert capsys.readouterr().out == f"results/{file} is left as it was: it has the figures of the default settings\n"
+    assert not file.exists()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "5"])
+    assert publish(parser, str(file), {"figure": 1})
+    assert file.exists()
 
 
 def test_the_ladder_keeps_your_own_shape_at_your_own_width():

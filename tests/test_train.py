@@ -296,6 +296,8 @@ def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> 
         assert err.startswith("error: int8 weights are for a CPU that computes in bf16")
     several, _ = script("generate.py", run, "--prompt", "A", "--num_samples", "3", "--max_tokens", "5", "--seed", "1")
     assert several.count("--- sample") == 3
+    _, err = script("generate.py", run, "--temperature", "0", "--num_samples", "2", "--max_tokens", "5")
+    assert "the 2 texts will be equal" in err
     (tmp_path / "prompt.txt").write_text("word " * 300)
     _, err = script("generate.py", run, "--prompt", f"@{tmp_path / 'prompt.txt'}", "--max_tokens", "5")
     assert "the model sees its last" in err
