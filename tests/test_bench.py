@@ -26,7 +26,15 @@ def test_a_benchmark_of_nothing_is_refused_at_once(words: str) -> None:
 @pytest.mark.parametrize("changed", ["model.py", "decoding.cpp", "bench/peers.py", None])
 def test_a_result_says_that_any_part_of_the_code_was_not_the_commits(tmp_path: Path, changed: str | None) -> None:
     (tmp_path / "bench").mkdir()
-    for name in ("model.py", "decoding.cpp", "hardware.py", "errors.py", "bench/peers.py", "bench/context.py"):
+    for name in (
+        "model.py",
+        "decoding.cpp",
+        "hardware.py",
+        "errors.py",
+        "files.py",
+        "bench/peers.py",
+        "bench/context.py",
+    ):
         shutil.copy(ROOT / name, tmp_path / name)
     for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm x"):
         subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
