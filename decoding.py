@@ -13,9 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from errors import ConfigError, complain
 from files import whole_file
+from hardware import cpp_compiler
 from model import GPT, Block, KVCache, RMSNorm
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
@@ -137,7 +136,7 @@ class CompiledStep:
 def library() -> ctypes.CDLL | None:
     """decoding.cpp, compiled for this processor and kept in ~/.cache/basicgpt; or None, and a line with the reason."""
     source = Path(__file__).with_name("decoding.cpp")
-    compiler = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")), None)
+    compiler = cpp_compiler()
     options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     if platform.machine() == "x86_64":
         options.append("-mprefer-vector-width=512")

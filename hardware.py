@@ -121,6 +121,11 @@ def _has_bf16(device: torch.device) -> bool:
     return False
 
 
+def cpp_compiler() -> str | None:
+    """This machine's C++ compiler, the one that CXX names before all, or None."""
+    return next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")), None)
+
+
 def why_not_compile(device: torch.device) -> str | None:
     """The reason why torch.compile cannot work here, or None."""
     if device.type == "mps":
@@ -128,11 +133,10 @@ def why_not_compile(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "the GPU is older than Volta"
     if device.type == "cuda":  # Triton builds a small C module that launches its kernels
-        language, compilers = "C", [os.environ.get("CC", "gcc"), "gcc", "clang"]
-    else:
-        language, compilers = "C++", [os.environ.get("CXX", "g++"), "g++", "clang++", "c++"]
-    if not any(map(shutil.which, compilers)):
-        return f"no {language} compiler found"
+        if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+            return "no C compiler found"
+    elif cpp_compiler() is None:
+        return "no C++ compiler found"
     headers = (sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"))
     if not any(Path(folder, "Python.h").exists() for folder in headers):
         return "no Python.h found; on Debian and Ubuntu: apt install python3-dev"

@@ -607,7 +607,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "memory": {"config", "errors", "model", "optim"},
     "interop": {"config", "errors", "tokenizer"},
     "checkpoint": {"config", "errors", "files", "interop", "model", "tokenizer"},
-    "decoding": {"errors", "files", "model"},
+    "decoding": {"errors", "files", "hardware", "model"},
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
     "pages": {"files"},
     "explain": {"model", "sampling", "tokenizer"},
