@@ -185,4 +185,5 @@ static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_
   }
 STEP(float, float)
 STEP(bf16, bf16)
+STEP(int8_t, float)
 STEP(int8_t, bf16)

@@ -36,12 +36,12 @@ def decode_step(model: GPT, rows: int = 1, int8: bool = False) -> Decode:
     """The fastest step there is here for so many rows. The model's weights must not change while it is used.
 
     int8: round each row of each matrix to 8 bits, with a scale of its own. Raises ConfigError where there is no such
-    step: there is one for a CPU that computes in bf16, with a C++ compiler.
+    step: there is one for a CPU with a C++ compiler.
     """
     dtype = format_of(model)
     in_cpp = model.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None
-    if int8 and not (in_cpp and dtype == torch.bfloat16):
-        raise ConfigError("int8 weights are for a CPU that computes in bf16, with a C++ compiler; leave --int8 out")
+    if int8 and not in_cpp:
+        raise ConfigError("int8 weights are for a CPU with a C++ compiler; leave --int8 out")
     return CompiledStep(model, int8) if in_cpp and (int8 or rows <= FEW) else DecodeStep(model)
 
 

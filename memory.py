@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from config import Config
 from errors import ConfigError
+from hardware import best_dtype, default_device
 from model import GPT
 from optim import build_optimizers
 
@@ -54,7 +55,8 @@ class TrainingMemory:
 def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemory:
     """Follow the allocations of a step with so many rows in a micro-batch, without computing anything.
 
-    Products are in bf16, weights and all state in fp32. devices: among which train.fsdp divides all but activations.
+    Products are in train.precision, of which auto is this machine's best; weights and all state in fp32.
+    devices: among which train.fsdp divides all but activations.
     """
     one, two = _traced(config, rows, n_layers=1), _traced(config, rows, n_layers=2)
     more = config.model.n_layers - 2  # and each takes as much as the second
@@ -66,6 +68,8 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
 
 
 def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
+    precision = config.train.precision
+    in_16_bits = best_dtype(default_device()).itemsize == 2 if precision == "auto" else precision in ("bf16", "fp16")
     with FakeTensorMode():
         model = GPT(replace(config.model.resolved(config.data.n_vocab), n_layers=n_layers))
         model.activation_checkpointing = config.train.activation_checkpointing
@@ -74,7 +78,7 @@ def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
 
         def forward_and_backward() -> None:
             ids = torch.zeros(rows, model.config.max_length, dtype=torch.int64)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_16_bits):
                 model(ids, ids).backward()
 
         activations = _peak(forward_and_backward)

@@ -64,6 +64,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
 
     if gpu:  # GB of 10^9 bytes, as the makers': of a T4's 16, CUDA shows 15.7
         usable = int(SHARE_TO_FILL["cuda"] * MEMORY_GB[gpu] * 1e9)
+        if c.precision == "auto":  # or fp16, which takes as much
+            config = dataclasses.replace(config, train=dataclasses.replace(c, precision="bf16"))
     else:  # before the measured steps, whose memory torch keeps
         usable = usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
     rows = _rows_at_once(config, usable, world_size)

@@ -4,8 +4,9 @@ A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: 
 greedily behind a prompt of 16 tokens: ours in bf16 and with weights in int8, transformers' GPT2LMHeadModel.generate in
 bf16 and fp32, and, where llama-cpp-python is installed, ours in llama.cpp in f16. The demo's size does so as
 well, but for llama.cpp. They take turns in one process. The bound is what the memory delivers: bytes of the bf16
-weights that a token needs over the speed at which this machine reads memory, measured in the same rounds. With the
-default settings it writes results/bench/decode.json.
+weights that a token needs over the speed at which this machine reads memory, measured in the same rounds. On a
+processor without instructions for bf16 all of it is in fp32, but for int8 weights and llama.cpp. With the default
+settings it writes results/bench/decode.json, or decode_fp32.json for such a processor.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import decode_step
 from export import write_gguf
+from hardware import best_dtype
 from interop import to_hub_weights
 from model import GPT
 from sampling import generate_ids
@@ -48,7 +50,7 @@ def tokenizer_of(n_vocab: int) -> Tokenizer:
 
 def ours(shape: GPTConfig, n_vocab: int, tokens: int, int8: bool) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = GPT(shape.resolved(n_vocab)).to(torch.bfloat16).eval()
+    model = GPT(shape.resolved(n_vocab)).to(best_dtype(torch.device("cpu"))).eval()
     tokenizer = tokenizer_of(n_vocab)
     greedy = GenerationConfig(max_tokens=tokens, temperature=0)
     step = decode_step(model, int8=int8)
@@ -111,20 +113,22 @@ def main() -> int:
     if arguments.tokens > (most := PRESETS["demo"].model.max_length - PROMPT):  # GPT-2 cannot outgrow its context
         parser.error(f"--tokens is at most {most}, so that all fits the demo's context")
     need(PEER)
+    dtype = best_dtype(torch.device("cpu"))
+    best = "bf16" if dtype == torch.bfloat16 else "fp32"
     results: dict[str, Any] = {"context": context()}
     for size, n_vocab in (("gpt2", 50257), ("demo", PRESETS["demo"].data.n_vocab)):
         shape, tokens = PRESETS[size].model, arguments.tokens
         contenders = {
-            "ours bf16": ours(shape, n_vocab, tokens, int8=False),
+            f"ours {best}": ours(shape, n_vocab, tokens, int8=False),
             "ours int8": ours(shape, n_vocab, tokens, int8=True),
-            "transformers bf16": theirs(shape, n_vocab, tokens, torch.bfloat16),
+            f"transformers {best}": theirs(shape, n_vocab, tokens, dtype),
             "transformers fp32": theirs(shape, n_vocab, tokens, torch.float32),
         }
         if size == "gpt2" and importlib.util.find_spec("llama_cpp"):
             contenders["llama.cpp f16"] = llama_cpp(shape, tokens)  # its q8_0 crashes here: results/interop
         counts = GPT(shape.resolved(n_vocab)).parameter_counts()
         head = shape.resolved(n_vocab).vocab_size * shape.d_model
-        n_bytes = 2 * (counts["attention"] + counts["mlp"] + head)
+        n_bytes = dtype.itemsize * (counts["attention"] + counts["mlp"] + head)
         for decode in contenders.values():  # warm up
             decode()
         speeds: dict[str, list[float]] = {name: [] for name in [*contenders, "bound"]}
@@ -135,15 +139,15 @@ def main() -> int:
                 decode()
                 speeds[name].append(tokens / (time.perf_counter() - started))
         medians = {name: statistics.median(values) for name, values in speeds.items()}
-        print(f"{size}: {counts['total'] / 1e6:.1f}M parameters, {n_bytes / 1e6:.0f} MB of bf16 weights per token")
+        print(f"{size}: {counts['total'] / 1e6:.1f}M parameters, {n_bytes / 1e6:.0f} MB of {best} weights per token")
         for name, speed in medians.items():
             print(f"  {name:<20}{speed:>8.1f} tokens/s{speed / medians['bound']:>8.1%} of the bound")
-        for name in ("ours bf16", "ours int8"):
+        for name in (f"ours {best}", "ours int8"):
             for peer in [p for p in contenders if not p.startswith("ours")]:
                 print(f"  {name}: {medians[name] / medians[peer]:.2f} x {peer}")
         print()
         results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
-    publish(parser, "bench/decode.json", results)
+    publish(parser, f"bench/decode{'_fp32' if best == 'fp32' else ''}.json", results)
     return 0
 
 

@@ -50,7 +50,7 @@ def cosine(step: int, total: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def gemm_peak(dtype: torch.dtype = torch.bfloat16, seconds: float = 0.5) -> float:
+def gemm_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
     """The best FLOP/s of a matrix product on this machine right now, over a few large shapes."""
     best = 0.0
     for rows, inner, columns in ((4096, 1024, 1024), (4096, 2048, 2048), (2048, 2048, 4096)):

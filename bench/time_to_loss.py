@@ -1,10 +1,11 @@
 """Time to a given held-out loss, beside a peer:  python bench/time_to_loss.py [--seconds 300] [--fp32]
 
-The peer is transformers' GPT2LMHeadModel with AdamW, trained as nanoGPT trains it: bf16 and compiled (--fp32: as
-shipped), linear warm-up and cosine, at the best of several learning rates in short runs. It sees the demo's own rows
-(tokenizer, mix, context, held-out documents) and has the demo's depth, width and batch. It trains for so many seconds,
-compilation counted, validation not. Then ours: `train.py --preset demo --train.max_steps N` for rising N, compilation
-counted, until its held-out bits per byte are at or under the peer's. Adds to results/bench/time_to_loss.json.
+The peer is transformers' GPT2LMHeadModel with AdamW, trained as nanoGPT trains it: compiled, in bf16 where the
+processor has instructions for it (--fp32: as shipped), linear warm-up and cosine, at the best of several learning rates
+in short runs. It sees the demo's own rows (tokenizer, mix, context, held-out documents) and has the demo's depth, width
+and batch. It trains for so many seconds, compilation counted, validation not. Then ours: `train.py --preset demo
+--train.max_steps N` for rising N, compilation counted, until its held-out bits per byte are at or under the peer's.
+Adds to results/bench/time_to_loss.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, fl
 
     from bench.peers import MeanLoss, adamw, cosine, gpt2
     from config import PRESETS
+    from hardware import best_dtype
     from metrics import Score, score_rows
     from prepare_data import DatasetPrep
 
@@ -47,7 +49,8 @@ def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, fl
     )
     optimizer = adamw(peer, lr)
     trained = peer if fp32 else torch.compile(peer)
-    precision = contextlib.nullcontext() if fp32 else torch.autocast("cpu", dtype=torch.bfloat16)
+    in_bf16 = not fp32 and best_dtype(torch.device("cpu")) == torch.bfloat16
+    precision = torch.autocast("cpu", dtype=torch.bfloat16) if in_bf16 else contextlib.nullcontext()
 
     started = time.perf_counter()
     step, total, warm = 0, 10_000, 0.0
@@ -99,10 +102,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=positive, default=3)
     arguments = parser.parse_args()
 
+    import torch
+
     from files import write_json
+    from hardware import choose_precision
 
     need(PEER)
-    name = "gpt2 fp32" if arguments.fp32 else "gpt2 bf16 compiled"
+    precision = choose_precision(torch.device("cpu"), "auto")
+    name = "gpt2 fp32" if arguments.fp32 else f"gpt2 {precision} compiled"
     trials = [train_peer(arguments.seconds / 4, lr, arguments.fp32, seed=0) for lr in RATES]
     for trial in trials:
         print(

@@ -2,9 +2,10 @@
 
 One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
 transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
-turns in one process, with the best bf16 matrix product of the machine measured in between. Memory is the highest
-resident size of a process of its own, less what it had before the model was built.
-With the default settings it writes results/bench/train_speed.json.
+turns in one process, with the best matrix product of the machine measured in between. Memory is the highest
+resident size of a process of its own, less what it had before the model was built. A processor without instructions
+for bf16, where it would take a hundred times as long, has all of them in fp32.
+With the default settings it writes results/bench/train_speed.json, or train_speed_fp32.json for such a processor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,19 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
 
 WIDTH, LAYERS, HEADS, LENGTH, VOCABULARY, ROWS = 384, 6, 6, 256, 4096, 16
-NAMES = ("ours", "gpt2 bf16 compiled", "gpt2 bf16", "gpt2 fp32")
+
+
+def contenders() -> list[str]:
+    best = best_format()
+    return [*dict.fromkeys(("ours", f"gpt2 {best} compiled", f"gpt2 {best}", "gpt2 fp32"))]
+
+
+def best_format() -> str:
+    import torch
+
+    from hardware import choose_precision
+
+    return choose_precision(torch.device("cpu"), "auto")
 
 
 def build(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -51,8 +64,10 @@ def build(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
         optimizers = [adamw(peer, 1e-3)]
         trained, scale = torch.compile(peer) if "compiled" in name else peer, 1.0
 
+    fp32 = best_format() == "fp32" or "fp32" in name
+
     def forward_backward() -> None:
-        with contextlib.nullcontext() if "fp32" in name else torch.autocast("cpu", dtype=torch.bfloat16):
+        with contextlib.nullcontext() if fp32 else torch.autocast("cpu", dtype=torch.bfloat16):
             loss = trained(x, y)
         (loss * scale).backward()
 
@@ -85,19 +100,23 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(peak_memory(arguments.memory))
         return 0
 
+    import torch
+
     from bench.peers import gemm_peak
     from config import GPTConfig
+    from hardware import best_dtype
     from model import GPT
 
     need(PEER)
-    contenders = {name: build(name) for name in NAMES}
-    for forward_backward, update in contenders.values():
+    best = best_format()
+    built = {name: build(name) for name in contenders()}
+    for forward_backward, update in built.values():
         for _ in range(3):  # compiles, and warms up
             forward_backward()
             update()
@@ -105,10 +124,10 @@ def main() -> int:
     flops = GPT(shape.resolved(VOCABULARY)).flops_per_token(LENGTH) * ROWS * LENGTH
 
     peaks: list[float] = []
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
     for _ in range(arguments.rounds):
-        for name, (forward_backward, update) in contenders.items():
-            peaks.append(gemm_peak())
+        for name, (forward_backward, update) in built.items():
+            peaks.append(gemm_peak(best_dtype(torch.device("cpu"))))
             pairs = []
             for _ in range(3):
                 started = time.perf_counter()
@@ -120,10 +139,10 @@ def main() -> int:
     peak = statistics.median(peaks)
 
     results: dict[str, Any] = {"context": context(), "gemm peak GFLOP/s": round(peak / 1e9), "our FLOPs a step": flops}
-    print(f"bf16 matrix product: {peak / 1e9:,.0f} GFLOP/s; a step of ours: {flops / 1e9:,.0f} GFLOP\n")
+    print(f"{best} matrix product: {peak / 1e9:,.0f} GFLOP/s; a step of ours: {flops / 1e9:,.0f} GFLOP\n")
     print(f"{'':<20}{'fwd+bwd ms':>11}{'step ms':>9}{'tok/s':>8}{'vs ours':>9}{'memory MB':>11}   of the peak")
     ours = statistics.median(s for _, s in seconds["ours"])
-    for name in NAMES:
+    for name in built:
         fb, step = (statistics.median(column) for column in zip(*seconds[name], strict=True))
         command = [sys.executable, __file__, "--memory", name]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
@@ -140,7 +159,7 @@ def main() -> int:
         }  # fmt: skip
         if name == "ours":
             results[name] |= {"of the peak": {"forward and backward": flops / fb / peak, "step": flops / step / peak}}
-    publish(parser, "bench/train_speed.json", results)
+    publish(parser, f"bench/train_speed{'_fp32' if best == 'fp32' else ''}.json", results)
     return 0
 
 

@@ -126,10 +126,13 @@ def test_a_cache_of_another_shape_or_format_is_refused_not_written_beyond(tiny_m
 # ---- int8 weights -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])  # of all but the weights
 @pytest.mark.parametrize("fields", SHAPES, ids=repr)
 @torch.inference_mode()
-def test_int8_rounds_each_row_to_the_nearest_of_255_steps(tiny_model: Build, fields: dict[str, Any]) -> None:
-    model = trained(tiny_model(**fields | {"tie_embeddings": False})).bfloat16()  # embeddings are not rounded
+def test_int8_rounds_each_row_to_the_nearest_of_255_steps(
+    tiny_model: Build, fields: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = trained(tiny_model(**fields | {"tie_embeddings": False})).to(dtype)  # embeddings are not rounded
     model.get_parameter("blocks.0.mlp.w_down.weight")[3] = 0  # a row without a largest weight
     ids = torch.randint(0, model.config.vocab_size, (2, 20))
     int8, exact = (steps_from(decode_step(model, int8=int8), model, ids, 1).float() for int8 in (True, False))
@@ -143,10 +146,10 @@ def test_int8_rounds_each_row_to_the_nearest_of_255_steps(tiny_model: Build, fie
 
 def test_int8_is_refused_where_there_is_no_such_step(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="leave --int8 out"):
-        decode_step(tiny_model(), int8=True)
+        decode_step(tiny_model().half(), int8=True)
     monkeypatch.setattr(decoding, "library", lambda: None)
     with pytest.raises(ConfigError, match="leave --int8 out"):
-        decode_step(tiny_model().bfloat16(), int8=True)
+        decode_step(tiny_model(), int8=True)
 
 
 # ---- compiling ----------------------------------------------------------------------------------
