@@ -67,9 +67,14 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
     )
 
 
-def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
+def computes_in_16_bits(config: Config) -> bool:
+    """Whether the products are in bf16 or fp16: by train.precision, where auto means what this machine is best at."""
     precision = config.train.precision
-    in_16_bits = best_dtype(default_device()).itemsize == 2 if precision == "auto" else precision in ("bf16", "fp16")
+    return best_dtype(default_device()).itemsize == 2 if precision == "auto" else precision in ("bf16", "fp16")
+
+
+def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
+    in_16_bits = computes_in_16_bits(config)
     with FakeTensorMode():
         model = GPT(replace(config.model.resolved(config.data.n_vocab), n_layers=n_layers))
         model.activation_checkpointing = config.train.activation_checkpointing

@@ -1057,7 +1057,7 @@ def test_close_returns_at_once_at_any_point(ordered: DataConfig) -> None:
                 for _ in range(2):
                     started = time.monotonic()
                     data.close()
-                    assert time.monotonic() - started < 1
+                    assert time.monotonic() - started < 4
 
 
 def test_a_closed_iterator_says_so(ordered: DataConfig) -> None:
@@ -1123,7 +1123,7 @@ def test_a_process_whose_reader_is_reading_exits_cleanly_ten_times_of_ten(tmp_pa
             )
             for wait in (i, i + 1)
         ]
-        results += [(process.communicate(timeout=20)[0], process.returncode) for process in processes]
+        results += [(process.communicate(timeout=100)[0], process.returncode) for process in processes]
     assert results == [("", 0)] * 10
 
 

@@ -192,7 +192,7 @@ def assert_refused(done: Finished, *said: str) -> None:
     for words in said:
         assert words in done.err
     assert TOKEN not in done.err
-    assert done.seconds < 15
+    assert done.seconds < 20
 
 
 class Bursts:
@@ -436,7 +436,7 @@ def test_an_unreachable_hub_is_told_with_what_to_do_without_it(root: Path) -> No
         pass
     done = script(gone.endpoint)
     assert_refused(done, f"cannot read HuggingFaceFW/fineweb from {gone.endpoint}", "--preset demo", "LOCAL")
-    assert done.seconds < 10
+    assert done.seconds < 20
 
 
 def test_a_proxy_s_own_page_is_an_unreachable_hub(hub: Hub) -> None:
@@ -445,7 +445,7 @@ def test_a_proxy_s_own_page_is_an_unreachable_hub(hub: Hub) -> None:
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers_is_unreachable_within_15_seconds(root: Path) -> None:
+def test_a_hub_that_never_answers_is_unreachable_within_20_seconds(root: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, Hub(root) as hub:
         hub.faults = lambda path: Fault(stall=60) if "/tree/" in path else None
         with ThreadPoolExecutor() as pool:
@@ -514,4 +514,4 @@ def test_a_process_that_reads_the_hub_exits_cleanly_and_soon(hub: Hub, tmp_path:
     options: dict[str, Any] = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     commands = [[sys.executable, "-c", LEAVE_WHILE_READING, str(tmp_path), wait] for wait in ("0.2", "0.6", "1")]
     processes = [subprocess.Popen(command, **options) for command in commands]
-    assert [(p.communicate(timeout=20)[0], p.returncode) for p in processes] == [(b"", 0)] * 3
+    assert [(p.communicate(timeout=100)[0], p.returncode) for p in processes] == [(b"", 0)] * 3

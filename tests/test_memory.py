@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,19 @@ def test_the_memory_of_a_step_is_what_it_really_takes(again: bool, rows: int) ->
 def test_every_layer_takes_the_same_so_two_are_enough_to_count_them_all() -> None:
     for rows in (1, 8, 100):
         assert training_memory(SMALL, rows) == memory._traced(SMALL, rows, SMALL.model.n_layers)
+
+
+def test_activations_are_counted_in_the_format_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(precision: Any) -> memory.TrainingMemory:
+        return training_memory(dataclasses.replace(SMALL, train=TrainingConfig(precision=precision)), 8)
+
+    bf16, fp32 = counted("bf16"), counted("fp32")
+    assert 1.25 < fp32.activations / bf16.activations < 2  # logits are in fp32 in any case
+    assert dataclasses.replace(fp32, activations=bf16.activations) == bf16
+    assert (counted("fp16"), counted("tf32")) == (bf16, fp32)
+    for dtype, expected in ((torch.bfloat16, bf16), (torch.float32, fp32)):
+        monkeypatch.setattr(memory, "best_dtype", lambda _, dtype=dtype: dtype)  # the machine's, which auto means
+        assert counted("auto") == expected
 
 
 def test_weights_and_optimizer_state_are_counted_exactly() -> None:

@@ -30,7 +30,7 @@ def test_a_plan_foretells_the_run_and_leaves_nothing_behind(runs: Runs) -> None:
     runs("planned", *options)
     records = runs.records("planned")
     took = max(r["time"] for r in records) - min(r["time"] for r in records)
-    assert 0.4 < told_seconds / took < 2.5  # on a noisy machine
+    assert 0.2 < told_seconds / took < 5  # on a machine whose other core may be busy in one of the two
     n_bytes = sum(path.stat().st_size for path in runs.checkpoint("planned", 60).glob("*.safetensors"))
     assert abs(n_bytes / 2**20 - int(told_bytes[1])) <= 1
     assert len([*(runs.folder / "planned").glob("step-*")]) <= int(told_bytes[2])

@@ -99,7 +99,7 @@ def kill_all(mark: str) -> None:
                 os.kill(number, signal.SIGKILL)
 
 
-def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "in vain"
@@ -143,7 +143,7 @@ class Repo:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=100,
         )
 
     def log(self, run: str = "fineweb") -> str:

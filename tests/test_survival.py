@@ -227,11 +227,11 @@ def test_a_run_that_hangs_ends_by_itself_and_shows_where(runs: Runs) -> None:
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
     try:
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=150)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(stopped, signal.SIGKILL)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert "Timeout (0:00:03)!" in err
     assert 'train.py", line' in err
     assert process.returncode

@@ -262,7 +262,7 @@ def test_a_watcher_outlives_a_broken_connection_and_an_absent_box(box: Box) -> N
     while copied < 3:
         copied += int(SUMMARY.findall(watcher.stdout.readline())[0][1])
     watcher.terminate()
-    _, err = watcher.communicate(timeout=10)
+    _, err = watcher.communicate(timeout=60)
     assert watcher.returncode == 143
     assert re.fullmatch(r"(\d\d:\d\d:\d\d .*; trying again in \d+ s\n){2,}", err)
 
@@ -280,11 +280,11 @@ def test_ctrl_c_ends_it_quietly(box: Box, when: str) -> None:
         assert SUMMARY.match(watcher.stdout.readline())
     began = time.monotonic()
     os.killpg(watcher.pid, signal.SIGINT)
-    out, err = watcher.communicate(timeout=20)
+    out, err = watcher.communicate(timeout=60)
     assert (out, err, watcher.returncode) == ("", "", 130)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     with pytest.raises(ProcessLookupError):  # it leaves nothing behind
-        wait_until(lambda: os.killpg(watcher.pid, 0), 5)
+        wait_until(lambda: os.killpg(watcher.pid, 0), 30)
     box.signal(signal.SIGKILL)
     assert (box.sync().stderr, box.here()) == ("", [1])
 
@@ -432,7 +432,7 @@ def test_beside_a_run_with_its_own_retention_nothing_is_lost(box: Box) -> None:
     while sum(r[1] for r in rounds) < len(box.here()) or any(rounds[-1][1:]):  # until nothing was left to do
         rounds += [[int(n) for n in found] for found in SUMMARY.findall(watcher.stdout.readline())]
     watcher.send_signal(signal.SIGINT)
-    _, err = watcher.communicate(timeout=20)
+    _, err = watcher.communicate(timeout=60)
     over.set()
     observer.join()
     own, here, deleted = {int(n) for n in removed.split()}, set(box.here()), sum(r[2] for r in rounds)
