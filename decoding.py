@@ -41,7 +41,7 @@ def decode_step(model: GPT, rows: int = 1, int8: bool = False) -> Decode:
     dtype = format_of(model)
     in_cpp = model.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library() is not None
     if int8 and not in_cpp:
-        raise ConfigError("int8 weights are for a CPU with a C++ compiler; leave --int8 out")
+        raise ConfigError("int8 weights are for a CPU with a working C++ compiler; leave --int8 out")
     return CompiledStep(model, int8) if in_cpp and (int8 or rows <= FEW) else DecodeStep(model)
 
 

@@ -55,7 +55,8 @@ class TrainingMemory:
 def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemory:
     """Follow the allocations of a step with so many rows in a micro-batch, without computing anything.
 
-    Products are in train.precision, of which auto is this machine's best; weights and all state in fp32.
+    Products are in train.precision (computes_in_16_bits), but Muon's own in this machine's best format; weights and
+    all state in fp32.
     devices: among which train.fsdp divides all but activations.
     """
     one, two = _traced(config, rows, n_layers=1), _traced(config, rows, n_layers=2)
@@ -69,8 +70,9 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
 
 def computes_in_16_bits(config: Config) -> bool:
     """Whether the products are in bf16 or fp16: by train.precision, where auto means what this machine is best at."""
-    precision = config.train.precision
-    return best_dtype(default_device()).itemsize == 2 if precision == "auto" else precision in ("bf16", "fp16")
+    if config.train.precision != "auto":
+        return config.train.precision in ("bf16", "fp16")
+    return torch.cuda.is_available() or best_dtype(default_device()).itemsize == 2  # any CUDA card has one of them
 
 
 def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:

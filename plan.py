@@ -49,6 +49,10 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     """
     if gpu and gpu not in PEAK_TFLOPS:
         raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
+    if gpu and config.train.precision == "fp32":
+        raise ConfigError("the peaks of GPUs in fp32 are not in the table; leave --train.precision or --gpu out")
+    if gpu and config.train.precision == "auto":  # which means fp16 on some, and takes as much
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
     c = config.train
     total_steps, per_epoch = run_length(config, world_size)
     config.check_length(total_steps, world_size)
@@ -64,8 +68,6 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
 
     if gpu:  # GB of 10^9 bytes, as the makers': of a T4's 16, CUDA shows 15.7
         usable = int(SHARE_TO_FILL["cuda"] * MEMORY_GB[gpu] * 1e9)
-        if c.precision == "auto":  # or fp16, which takes as much
-            config = dataclasses.replace(config, train=dataclasses.replace(c, precision="bf16"))
     else:  # before the measured steps, whose memory torch keeps
         usable = usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
     rows = _rows_at_once(config, usable, world_size)
@@ -143,8 +145,9 @@ def run_length(config: Config, world_size: int) -> tuple[int, dict[str, tuple[in
 
 
 def _assumed(gpu: str, mfu: float, flops: int, config: Config, world_size: int) -> Speed:
-    step = flops * config.tokens_per_step(world_size) / (PEAK_TFLOPS[gpu] * 1e12 * mfu * world_size)
-    source = f"if {world_size} x {gpu} reach {mfu:.0%} of {PEAK_TFLOPS[gpu]} TFLOP/s"
+    peak = PEAK_TFLOPS[gpu] / (2 if config.train.precision == "tf32" else 1)
+    step = flops * config.tokens_per_step(world_size) / (peak * 1e12 * mfu * world_size)
+    source = f"if {world_size} x {gpu} reach {mfu:.0%} of {peak:g} TFLOP/s"
     return Speed(step, 60.0, 0.0, 0.0, f"{source} (validation and checkpoints not counted)")
 
 

@@ -38,6 +38,7 @@ from sampling import generate_ids
 from tokenizer import Tokenizer, load_tiktoken
 
 PROMPT = 16
+FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def tokenizer_of(n_vocab: int) -> Tokenizer:
@@ -121,9 +122,9 @@ def main() -> int:
         contenders = {
             f"ours {best}": ours(shape, n_vocab, tokens, int8=False),
             "ours int8": ours(shape, n_vocab, tokens, int8=True),
-            f"transformers {best}": theirs(shape, n_vocab, tokens, dtype),
-            "transformers fp32": theirs(shape, n_vocab, tokens, torch.float32),
         }
+        for name in dict.fromkeys((best, "fp32")):
+            contenders[f"transformers {name}"] = theirs(shape, n_vocab, tokens, FORMATS[name])
         if size == "gpt2" and importlib.util.find_spec("llama_cpp"):
             contenders["llama.cpp f16"] = llama_cpp(shape, tokens)  # its q8_0 crashes here: results/interop
         counts = GPT(shape.resolved(n_vocab)).parameter_counts()

@@ -1,8 +1,9 @@
 """What rounding weights to 8 bits costs:  python bench/int8.py CHECKPOINT [CHECKPOINT ...] [--rows 64]
 
 Held-out text of the demo's datasets, in rows of 256 tokens of each checkpoint's own tokenizer, is read one token at a
-time by the decode step of generate.py, in bf16 and with --int8: bits per byte, and the mean and standard error of the
-difference row by row. A checkpoint may be a folder of Hugging Face's. Adds to results/bench/int8.json.
+time by the decode step of generate.py, in the processor's best format and with --int8: bits per byte, and the mean and
+standard error of the difference row by row. A checkpoint may be a folder of Hugging Face's. Adds to
+results/bench/int8.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from config import PRESETS
 from decoding import Decode, decode_step
 from errors import exit_code_of
 from files import write_json
+from hardware import best_dtype
 from metrics import mean_and_error
 from model import KVCache
 from prepare_data import DatasetPrep
@@ -49,21 +51,25 @@ def main() -> int:
     out = ROOT / "results" / "bench" / "int8.json"
     results = json.loads(out.read_text()) if out.exists() else {}
     for name in arguments.checkpoints:
-        model, tokenizer, _, _ = load_model(name, "cpu", torch.bfloat16)
+        dtype = best_dtype(torch.device("cpu"))
+        best = "bf16" if dtype == torch.bfloat16 else "fp32"
+        model, tokenizer, _, _ = load_model(name, "cpu", dtype)
         config = dataclasses.replace(PRESETS["demo"].data, val_tokens=arguments.rows * LENGTH)
         held_out = DatasetPrep(config, LENGTH, config.n_streams, tokenizer=tokenizer).validation_rows()
         rows = torch.cat([torch.from_numpy(each.astype("int64"))[: arguments.rows] for each in held_out.values()])
         n_bytes = torch.from_numpy(tokenizer.token_byte_length)[rows[:, 1:]].sum(dim=1)
         bits = {}
         for int8 in (False, True):
-            cache = KVCache(model.config, len(rows), LENGTH, torch.device("cpu"), torch.bfloat16)
+            cache = KVCache(model.config, len(rows), LENGTH, torch.device("cpu"), dtype)
             bits[int8] = nats_of_rows(decode_step(model, len(rows), int8), rows, cache) / torch.log(torch.tensor(2.0))
         whole = {int8: float(each.sum() / n_bytes.sum()) for int8, each in bits.items()}
         mean, error = mean_and_error(((bits[True] - bits[False]) / n_bytes.mean(dtype=torch.float32)).tolist())
-        print(f"{Path(name).name}: bf16 {whole[False]:.4f} bits per byte, int8 {mean:+.5f} +- {error:.5f}", flush=True)
+        print(
+            f"{Path(name).name}: {best} {whole[False]:.4f} bits per byte, int8 {mean:+.5f} +- {error:.5f}", flush=True
+        )
         results[Path(name).name] = {
             "context": context(), "parameters": model.parameter_counts()["total"], "rows": len(rows),
-            "bf16": whole[False], "int8": whole[True], "difference": [mean, error],
+            best: whole[False], "int8": whole[True], "difference": [mean, error],
         }  # fmt: skip
         write_json(out, results)
     return 0

@@ -32,6 +32,7 @@ def training(rounds: int) -> dict[str, list[float]]:
     import torch
 
     from config import GPTConfig
+    from hardware import best_dtype
     from model import GPT
 
     x, y = torch.randint(0, VOCABULARY, (2, ROWS, LENGTH))
@@ -45,7 +46,7 @@ def training(rounds: int) -> dict[str, list[float]]:
 
     def once(width: int) -> float:
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=best_dtype(x.device) == torch.bfloat16):
             nats = models[width](x, y)
         nats.backward()
         return (time.perf_counter() - started) / x.numel()
@@ -63,11 +64,13 @@ def decoding(rounds: int) -> dict[str, list[float]]:
 
     from config import PRESETS
     from decoding import decode_step
+    from hardware import best_dtype
     from model import GPT, KVCache
 
     shape = PRESETS["demo"].model.resolved(PRESETS["demo"].data.n_vocab)
     shape.max_length = max(POSITIONS) + 48
-    model = GPT(shape).to(torch.bfloat16).eval()
+    dtype = best_dtype(torch.device("cpu"))
+    model = GPT(shape).to(dtype).eval()
     step = decode_step(model)
     cached, anew = [], []
     with torch.inference_mode():
@@ -75,7 +78,7 @@ def decoding(rounds: int) -> dict[str, list[float]]:
             ids = torch.ones((1, position), dtype=torch.long)
             speeds: tuple[list[float], list[float]] = ([], [])
             for _ in range(rounds):
-                cache = KVCache(shape, 1, position + 40, model.device, torch.bfloat16)
+                cache = KVCache(shape, 1, position + 40, model.device, dtype)
                 model(ids, cache=cache, last_only=True)
                 started = time.perf_counter()
                 for _ in range(32):

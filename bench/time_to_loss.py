@@ -5,7 +5,7 @@ processor has instructions for it (--fp32: as shipped), linear warm-up and cosin
 in short runs. It sees the demo's own rows (tokenizer, mix, context, held-out documents) and has the demo's depth, width
 and batch. It trains for so many seconds, compilation counted, validation not. Then ours: `train.py --preset demo
 --train.max_steps N` for rising N, compilation counted, until its held-out bits per byte are at or under the peer's.
-Adds to results/bench/time_to_loss.json.
+Adds to results/bench/time_to_loss.json, or time_to_loss_fp32.json of a processor without bf16.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> int:
             first = OUR_STEPS.index(int(ours["steps"]))
             pairs.append({"seed": seed, "peer": peer, "ours": ours, "ratio": arguments.seconds / ours["seconds"]})
             print(f"  {pairs[-1]['ratio']:.1f} times as fast", flush=True)
-    out = ROOT / "results" / "bench" / "time_to_loss.json"
+    out = ROOT / "results" / "bench" / f"time_to_loss{'_fp32' if precision == 'fp32' else ''}.json"
     results = json.loads(out.read_text()) if out.exists() else {}
     results[name] = {"context": context(), "learning rates tried": trials, "runs": pairs}
     write_json(out, results)

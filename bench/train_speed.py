@@ -103,6 +103,7 @@ def main() -> int:
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
+        assert arguments.memory in contenders()
         print(peak_memory(arguments.memory))
         return 0
 

@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     training, forward = model.flops_per_token(), model.flops_per_token(training=False)
     print(f"\nFLOPs per token: {training / 1e6:,.1f} M to train, {forward / 1e6:,.1f} M to read")
     in_16_bits = computes_in_16_bits(config)
-    activations = "bf16" if in_16_bits else "fp32"
+    activations = "16 bits" if in_16_bits else "fp32"
     print(f"memory to train (weights, gradients and optimizer state in fp32; activations in {activations}):")
     if not in_16_bits and config.train.precision == "auto":
-        print("  (as this machine computes; --train.precision bf16 counts what a GPU would take)")
+        print("  (as this machine computes; --train.precision bf16 counts as for a GPU)")
     memory = training_memory(config, config.train.batch_size)
     parts = {
         "weights": memory.weights, "gradients": memory.gradients,

@@ -261,13 +261,13 @@ def test_epochs_end_the_run_when_the_documents_are_used_up(runs: Runs, tmp_path:
     assert tokens[1] + 4 == 2 * (tokens[0] + 4)
 
 
-def test_the_default_preset_without_a_hub_says_so_in_one_line_and_at_once(tmp_path: Path) -> None:
+def test_the_default_preset_without_a_hub_says_so_in_one_line_and_15_seconds(tmp_path: Path) -> None:
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     started = time.monotonic()
     command = [sys.executable, str(ROOT / "train.py"), "--train.out_dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
-    assert time.monotonic() - started < 20  # of which importing takes most; datasets would try for 23 more
+    assert time.monotonic() - started < 15
     assert len(done.stderr.strip().splitlines()) == 1
     for hint in ("--preset demo", "LOCAL", "HF_ENDPOINT", "HF_TOKEN"):
         assert hint in done.stderr
