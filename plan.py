@@ -50,7 +50,7 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     if gpu and gpu not in PEAK_TFLOPS:
         raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
     if gpu and config.train.precision == "fp32":
-        raise ConfigError("the peaks of GPUs in fp32 are not in the table; leave --train.precision or --gpu out")
+        raise ConfigError("how fast GPUs are in fp32 is not known here; plan with --train.precision bf16, fp16 or tf32")
     if gpu and config.train.precision == "auto":  # which means fp16 on some, and takes as much
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
     c = config.train
