@@ -31,7 +31,7 @@ from bench.peers import gpt2
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import decode_step
 from export import write_gguf
-from hardware import best_dtype
+from hardware import best_dtype, choose_precision
 from interop import to_hub_weights
 from model import GPT
 from sampling import generate_ids
@@ -114,8 +114,7 @@ def main() -> int:
     if arguments.tokens > (most := PRESETS["demo"].model.max_length - PROMPT):  # GPT-2 cannot outgrow its context
         parser.error(f"--tokens is at most {most}, so that all fits the demo's context")
     need(PEER)
-    dtype = best_dtype(torch.device("cpu"))
-    best = "bf16" if dtype == torch.bfloat16 else "fp32"
+    best = choose_precision(torch.device("cpu"), "auto")
     results: dict[str, Any] = {"context": context()}
     for size, n_vocab in (("gpt2", 50257), ("demo", PRESETS["demo"].data.n_vocab)):
         shape, tokens = PRESETS[size].model, arguments.tokens
@@ -129,7 +128,7 @@ def main() -> int:
             contenders["llama.cpp f16"] = llama_cpp(shape, tokens)  # its q8_0 crashes here: results/interop
         counts = GPT(shape.resolved(n_vocab)).parameter_counts()
         head = shape.resolved(n_vocab).vocab_size * shape.d_model
-        n_bytes = dtype.itemsize * (counts["attention"] + counts["mlp"] + head)
+        n_bytes = FORMATS[best].itemsize * (counts["attention"] + counts["mlp"] + head)
         for decode in contenders.values():  # warm up
             decode()
         speeds: dict[str, list[float]] = {name: [] for name in [*contenders, "bound"]}

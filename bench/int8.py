@@ -3,7 +3,7 @@
 Held-out text of the demo's datasets, in rows of 256 tokens of each checkpoint's own tokenizer, is read one token at a
 time by the decode step of generate.py, in the processor's best format and with --int8: bits per byte, and the mean and
 standard error of the difference row by row. A checkpoint may be a folder of Hugging Face's. Adds to
-results/bench/int8.json.
+results/bench/int8.json, or int8_fp32.json of a processor without bf16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from config import PRESETS
 from decoding import Decode, decode_step
 from errors import exit_code_of
 from files import write_json
-from hardware import best_dtype
+from hardware import best_dtype, choose_precision
 from metrics import mean_and_error
 from model import KVCache
 from prepare_data import DatasetPrep
@@ -48,11 +48,10 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--rows", type=positive, default=64, help="of each dataset")
     arguments = parser.parse_args()
-    out = ROOT / "results" / "bench" / "int8.json"
+    best, dtype = choose_precision(torch.device("cpu"), "auto"), best_dtype(torch.device("cpu"))
+    out = ROOT / "results" / "bench" / f"int8{'_fp32' if best == 'fp32' else ''}.json"
     results = json.loads(out.read_text()) if out.exists() else {}
     for name in arguments.checkpoints:
-        dtype = best_dtype(torch.device("cpu"))
-        best = "bf16" if dtype == torch.bfloat16 else "fp32"
         model, tokenizer, _, _ = load_model(name, "cpu", dtype)
         config = dataclasses.replace(PRESETS["demo"].data, val_tokens=arguments.rows * LENGTH)
         held_out = DatasetPrep(config, LENGTH, config.n_streams, tokenizer=tokenizer).validation_rows()

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     activations = "16 bits" if in_16_bits else "fp32"
     print(f"memory to train (weights, gradients and optimizer state in fp32; activations in {activations}):")
     if not in_16_bits and config.train.precision == "auto":
-        print("  (this machine has no bf16; --train.precision bf16 counts as on a GPU)")
+        print("  (as this machine computes, without bf16; --train.precision bf16 counts as on a GPU)")
     memory = training_memory(config, config.train.batch_size)
     parts = {
         "weights": memory.weights, "gradients": memory.gradients,

@@ -83,6 +83,7 @@ def test_activations_are_counted_in_the_format_of_the_run(monkeypatch: pytest.Mo
     assert 1.25 < fp32.activations / bf16.activations < 2  # logits are in fp32 in any case
     assert dataclasses.replace(fp32, activations=bf16.activations) == bf16
     assert (counted("fp16"), counted("tf32")) == (bf16, fp32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for dtype, expected in ((torch.bfloat16, bf16), (torch.float32, fp32)):
         monkeypatch.setattr(memory, "best_dtype", lambda _, dtype=dtype: dtype)  # the machine's, which auto means
         assert counted("auto") == expected
