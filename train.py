@@ -106,6 +106,7 @@ def train(config: Config) -> int:
     from hardware import (
         allow_tf32,
         choose_precision,
+        compile_for_training,
         default_device,
         describe,
         peak_flops,
@@ -220,7 +221,8 @@ def train(config: Config) -> int:
     if compiled and c.fsdp:
         for block in model.blocks:
             block.compile()
-    trained, *_ = accelerator.prepare(torch.compile(model) if compiled and not c.fsdp else model, *optimizers)
+    trained = compile_for_training(model, device) if compiled and not c.fsdp else model
+    trained, *_ = accelerator.prepare(trained, *optimizers)
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
     recent_losses: deque[float] = deque(maxlen=100)

@@ -33,7 +33,7 @@ from bench.ablate import run
 from bench.context import context, positive
 from config import Config, load_config
 from files import write_json
-from hardware import choose_precision
+from hardware import choose_precision, compile_for_training
 from metrics import Score, score_rows
 from model import GPT
 from optim import build_optimizers
@@ -98,7 +98,7 @@ class Ours:
     def __init__(self, config: Config):
         self.model = GPT(config.model.resolved(config.data.n_vocab))
         self.optimizers = build_optimizers(self.model, config.train)
-        self.compiled = torch.compile(self.model)
+        self.compiled = compile_for_training(self.model, self.model.device)
         assert choose_precision(torch.device("cpu"), config.train.precision) == "bf16"
 
     def step(self, inputs: np.ndarray, targets: np.ndarray, done: int, steps: int) -> None:

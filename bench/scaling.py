@@ -32,7 +32,7 @@ def training(rounds: int) -> dict[str, list[float]]:
     import torch
 
     from config import GPTConfig
-    from hardware import best_dtype
+    from hardware import best_dtype, compile_for_training
     from model import GPT
 
     x, y = torch.randint(0, VOCABULARY, (2, ROWS, LENGTH))
@@ -42,7 +42,7 @@ def training(rounds: int) -> dict[str, list[float]]:
         shape = GPTConfig(d_model=width, n_layers=6, n_heads=width // 64, max_length=LENGTH)
         model = GPT(shape.resolved(VOCABULARY))
         flops.append(model.flops_per_token())
-        models[width] = torch.compile(model)
+        models[width] = compile_for_training(model, model.device)
 
     def once(width: int) -> float:
         started = time.perf_counter()

@@ -48,6 +48,7 @@ def build(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
 
     from bench.peers import MeanLoss, adamw, gpt2
     from config import GPTConfig, TrainingConfig
+    from hardware import compile_for_training
     from model import GPT
     from optim import build_optimizers
 
@@ -57,7 +58,7 @@ def build(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
         shape = GPTConfig(d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_length=LENGTH, vocab_size=VOCABULARY)
         model = GPT(shape.resolved(VOCABULARY))
         optimizers = build_optimizers(model, TrainingConfig())
-        trained = torch.compile(model)
+        trained = compile_for_training(model, model.device)
         scale = 1 / y.numel()
     else:
         peer = MeanLoss(gpt2(WIDTH, LAYERS, HEADS, LENGTH, VOCABULARY))

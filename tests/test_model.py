@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, GPTConfig, TrainingConfig
-from hardware import peak_flops
-from model import GPT, ROWS_OF_LOGITS, BlockAttention, HeadLoss, KVCache, Packed, rotary_tables, rotate
+from hardware import compile_for_training, peak_flops, why_not_compile
+from model import GPT, ROWS_OF_LOGITS, Block, BlockAttention, HeadLoss, KVCache, Packed, rotary_tables, rotate
 from optim import build_optimizers
 
 Build = Callable[..., GPT]
@@ -281,6 +281,45 @@ def test_block_attention_is_causal_attention_with_the_same_gradients(length: int
         results.append([y.detach(), *(x.grad for x in inputs)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def bytes_kept(model: nn.Module, ids: Tensor) -> int:
+    """What a forward pass keeps for its backward pass, beside the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = model(ids, ids)
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.skipif(why_not_compile(torch.device("cpu")) is not None, reason="torch.compile does not work here")
+def test_compiled_for_training_a_step_keeps_only_what_products_made() -> None:
+    B, T, D, F, H, layers = 2, 64, 32, 96, 2, 2
+    model = GPT(GPTConfig(d_model=D, n_layers=layers, n_heads=H, d_ff=F, max_length=T).resolved(128))
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    torch.nn.init.normal_(block.attention.wo.weight)  # or no gradient reaches the queries
+    ids = torch.randint(128, (B, T), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    kept = bytes_kept(compile_for_training(model, torch.device("cpu")), ids)
+    torch._dynamo.reset()
+    # A token's q, k, v; scores, their mean value; gate and up; and the two additions to the residual stream.
+    products = B * T * layers * (3 * D + H * (T * 3 // 4) + D + 2 * F + 2 * D) * 4
+    head = (2 * B * T + 128) * D * 4  # its input, and the gradients that HeadLoss makes
+    assert kept == pytest.approx(products + head, rel=0.05)
+
+    compiled = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert bytes_kept(model, ids) > 1.5 * kept
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(compiled[name], p.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 2500])
