@@ -1,4 +1,4 @@
-"""Training throughput and memory beside a peer:  python bench/train_speed.py [--rounds 5]
+"""Training throughput and memory beside a peer:  python bench/train_speed.py [--rounds 11]
 
 One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
 transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
@@ -100,7 +100,7 @@ def main() -> int:
     from bench.context import PEER, context, need, positive, publish
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--rounds", type=positive, default=11)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
