@@ -109,6 +109,7 @@ def train(config: Config) -> int:
         compile_for_training,
         default_device,
         describe,
+        keep_freed_memory,
         peak_flops,
         why_not_compile,
     )
@@ -137,6 +138,8 @@ def train(config: Config) -> int:
     precision = choose_precision(default_device(), c.precision)
     allow_tf32(precision)
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
+    if on_cpu:
+        keep_freed_memory()
     accelerator = start_processes(c, precision, on_cpu)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process

@@ -98,11 +98,13 @@ def peak_memory(name: str) -> float:
 
 def main() -> int:
     from bench.context import PEER, context, need, positive, publish
+    from hardware import keep_freed_memory
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=positive, default=11)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    keep_freed_memory()
     if arguments.memory:
         assert arguments.memory in contenders()
         print(peak_memory(arguments.memory))
