@@ -168,8 +168,9 @@ def keep_freed_memory() -> None:
     It would give the larger arrays back, and the system clear some 50,000 pages in each step: up to 5% of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter in (-1, -3) if mallopt else ():  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, each an int of bytes
-        mallopt(parameter, 2**31 - 1)
+    if mallopt is not None:
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, each an int of bytes
+            mallopt(parameter, 2**31 - 1)
 
 
 def describe(device: torch.device) -> str:
