@@ -150,7 +150,7 @@ def compile_for_training(model: nn.Module, device: torch.device) -> nn.Module:
     """torch.compile(model), which on a CPU keeps for the backward pass only what products of matrices have made.
 
     All else is computed again there (arXiv:1604.06174 does so with everything): a third less is kept, at no cost that
-    could be measured (docs/log.md). On a GPU, where neither was measured, the compiler weighs one against the other.
+    could be measured (with keep_freed_memory; docs/log.md). On a GPU, unmeasured, the compiler weighs both itself.
     """
 
     def sparing(graph: Any, inputs: Any) -> Any:
