@@ -147,10 +147,10 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 def compile_for_training(model: nn.Module, device: torch.device) -> nn.Module:
-    """torch.compile(model), which on a CPU keeps for the backward pass only what products of matrices have made.
+    """torch.compile(model), which on a CPU keeps for the backward pass little but what products of matrices have made.
 
-    All else is computed again there (arXiv:1604.06174 does so with everything): a third less is kept, at no cost that
-    could be measured (with keep_freed_memory; docs/log.md). On a GPU, unmeasured, the compiler weighs both itself.
+    The rest is computed again there (arXiv:1604.06174 does so with everything): a third less is kept, and with
+    keep_freed_memory the whole step takes the same time (docs/log.md). On a GPU, unmeasured, the compiler weighs both.
     """
 
     def sparing(graph: Any, inputs: Any) -> Any:
@@ -165,12 +165,14 @@ def compile_for_training(model: nn.Module, device: torch.device) -> nn.Module:
 def keep_freed_memory() -> None:
     """Let malloc keep what a step frees for the next one, where it is glibc's.
 
-    It would give the larger arrays back, and the system clear some 50,000 pages in each step: up to 5% of its time.
+    It would give much of it back, and the system clear tens of thousands of pages in each step: some 5% of its time.
     """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h; an int of bytes
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, each an int of bytes
-            mallopt(parameter, 2**31 - 1)
+    # glibc before 2.35 takes at most 32 MB for the threshold above which it maps an array by itself. Unless it is set,
+    # setting the other one would fix it at 128 kB, and every array would be mapped anew.
+    if mallopt is not None and (mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 2**25)):
+        mallopt(trim_threshold, most)
 
 
 def describe(device: torch.device) -> str:

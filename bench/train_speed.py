@@ -3,8 +3,9 @@
 One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
 transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
 turns in one process, with the best matrix product of the machine measured in between. Memory is the highest
-resident size of a process of its own, less what it had before the model was built. A processor without instructions
-for bf16, where it would take a hundred times as long, has all of them in fp32.
+resident size of a process of its own, less what it had before the model was built. For all, malloc keeps what is
+freed, as in train.py. A processor without instructions for bf16, where it would take a hundred times as long, has all
+of them in fp32.
 With the default settings it writes results/bench/train_speed.json, or train_speed_fp32.json for such a processor.
 """
 

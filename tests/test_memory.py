@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import hardware
 import memory
 from config import Config, DataConfig, GPTConfig, TrainingConfig, load_config
 from errors import ConfigError
@@ -144,3 +145,54 @@ def test_a_run_that_chooses_its_micro_batch_trains_on_the_same_tokens_per_step(t
     assert "8 rows x 1 accumulated x 2 devices x 64 tokens = 1,024 tokens per step" in two.stdout, two.stderr
     records = [json.loads(line) for line in (tmp_path / "smoke/metrics.jsonl").read_text().splitlines()]
     assert [r["tokens"] for r in records if r["kind"] == "train"][-1] == 22 * 1024
+
+
+FREE_AND_ALLOCATE = """
+import resource, sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from hardware import keep_freed_memory
+
+if sys.argv[2] == "kept":
+    keep_freed_memory()
+for step in range(12):
+    if step == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [torch.ones(n, 1 << 18) for n in (20, 50, 12, 60) * 3]  # of 12 to 63 MB
+    del arrays
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_step_on_a_cpu_finds_the_memory_that_the_last_one_freed() -> None:
+    pages = {}
+    for name in ("kept", "given back"):
+        command = [sys.executable, "-c", FREE_AND_ALLOCATE, str(ROOT), name]
+        pages[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert pages["kept"] < 20_000 < 200_000 < pages["given back"]  # 0 and 600,000
+
+
+@pytest.mark.parametrize("largest", [2**31 - 1, 2**25, 0], ids=["glibc 2.35", "an older glibc", "no glibc"])
+def test_arrays_are_not_mapped_one_by_one_where_malloc_takes_a_smaller_threshold(
+    largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[int, int] = {}
+
+    class Libc:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            if value > largest and parameter == -3:
+                return 0
+            taken[parameter] = value
+            return 1
+
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: Libc)
+    hardware.keep_freed_memory()
+    assert taken == ({-3: largest, -1: 2**31 - 1} if largest else {})
+
+
+def test_a_system_without_mallopt_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: object())
+    hardware.keep_freed_memory()
