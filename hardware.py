@@ -166,7 +166,10 @@ def keep_freed_memory() -> None:
     """Let malloc keep what a step frees for the next one, where it is glibc's.
 
     It would give much of it back, and the system clear tens of thousands of pages in each step: some 5% of its time.
+    A threshold of malloc's that the environment sets is left as it is.
     """
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h; an int of bytes
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # glibc before 2.35 takes at most 32 MB for the threshold above which it maps an array by itself. Unless it is set,

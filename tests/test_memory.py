@@ -196,3 +196,10 @@ def test_arrays_are_not_mapped_one_by_one_where_malloc_takes_a_smaller_threshold
 def test_a_system_without_mallopt_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: object())
     hardware.keep_freed_memory()
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
+def test_what_the_environment_sets_of_malloc_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "65536")
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: pytest.fail("malloc was asked"))
+    hardware.keep_freed_memory()
