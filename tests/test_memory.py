@@ -171,7 +171,7 @@ def test_a_step_on_a_cpu_finds_the_memory_that_the_last_one_freed() -> None:
     for name in ("kept", "given back"):
         command = [sys.executable, "-c", FREE_AND_ALLOCATE, str(ROOT), name]
         pages[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert pages["kept"] < 20_000 < 200_000 < pages["given back"]  # 0 and 600,000
+    assert 10 * pages["kept"] < pages["given back"]  # 0 and 600,000 here; with huge pages 500 times fewer
 
 
 @pytest.mark.parametrize("largest", [2**31 - 1, 2**25, 0], ids=["glibc 2.35", "an older glibc", "no glibc"])
