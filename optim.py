@@ -42,10 +42,36 @@ def orthogonalize(x: Tensor) -> Tensor:
     # The polynomials hold for singular values up to 1; the Frobenius norm bounds the largest. Small gradients are
     # nothing in fp16, so they are divided first.
     x = (x / (x.float().norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)).to(best_dtype(x.device))
-    for a, b, c in _SAFE_POLYNOMIALS:
-        gram = x @ x.mT  # (n, r, r)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and 2 * x.size(2) > 3 * x.size(1):
+        x = _multiplier(x @ x.mT) @ x
+    else:
+        for a, b, c in _SAFE_POLYNOMIALS:
+            gram = x @ x.mT  # (n, r, r)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).bfloat16()
+
+
+def _multiplier(gram: Tensor) -> Tensor:
+    """The matrix M for which M x is x after all polynomials, from x's Gram matrix x x^T alone; both (n, r, r), fp32.
+
+    With it r x c matrices take 34 r^3 + 4 r^2 c operations instead of 10 r^3 + 20 r^2 c (Gram Newton-Schulz,
+    tridao.me/blog/2026/gram-newton-schulz). In 16 bits it is not exact enough: the eigenvalues here are squares, and
+    rounding makes small ones negative, which the polynomials let grow.
+    """
+
+    def factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+        """a + b gram + c gram^2, by which a polynomial multiplies its x."""
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        return p
+
+    first, *others = _SAFE_POLYNOMIALS
+    product = last = factor(gram, *first)
+    for polynomial in others:
+        gram = gram @ last @ last  # x's after that step: all of these commute
+        last = factor(gram, *polynomial)
+        product = product @ last
+    return product
 
 
 def orthogonalize_together(x: Tensor) -> Tensor:
