@@ -5,11 +5,17 @@ steps; prints the held-out bits per byte of each with its spread over the seeds,
 by seed. OPTIONS may begin with --variant NAME, one of bench/variants.py. --common OPTIONS are those of all runs, the
 first too. --at_once runs at a time, with a thread each: losses are compared here, not seconds. Runs that OUT.json
 holds already are not done again.
+
+--together: eight changes in 16 runs of four seeds instead of 27 of three, for models whose runs are long. Each change
+is made in half of the runs, with each other change in half of those, and in half of each seed's; its effect is the
+difference of the two halves, so all 16 runs tell of each. No effect of one is mixed with a joint effect of two (a
+2^(8-4) design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, 2nd ed., chapter 6).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -22,6 +28,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def factorial() -> list[tuple[int, tuple[bool, ...]]]:
+    """The 16 runs of --together: (seed, which of the eight changes are made)."""
+    runs = []
+    for a, b, c, d in itertools.product((0, 1), repeat=4):
+        changes = (a, b, c, d, b ^ c ^ d, a ^ c ^ d, a ^ b ^ c, a ^ b ^ d)
+        runs.append((2 * (a ^ b) + (a ^ c), tuple(map(bool, changes))))
+    return sorted(runs)
+
+
+def effects(runs: list[tuple[int, tuple[bool, ...]]], values: list[float]) -> tuple[list[float], float]:
+    """What each of the eight changes adds, and the standard error of that: from what changes and seeds leave over."""
+    import numpy as np
+
+    design = np.array([[seed == s for s in range(4)] + [2 * made - 1 for made in changes] for seed, changes in runs])
+    fitted, (left,), _, _ = np.linalg.lstsq(design.astype(float), np.array(values), rcond=None)
+    variance = left / (len(runs) - design.shape[1])
+    return [2 * float(half) for half in fitted[4:]], float((4 * variance / len(runs)) ** 0.5)
+
+
+def joined(several: list[str]) -> str:
+    """The options of several changes as those of one."""
+    variants, others = [], []
+    for words in map(shlex.split, several):
+        if words[:1] == ["--variant"]:
+            variants.append(words[1])
+            words = words[2:]
+        others += words
+    return shlex.join((["--variant", ",".join(variants)] if variants else []) + others)
 
 
 def run(preset: str, steps: int, seed: int, options: str, common: str) -> float:
@@ -55,33 +91,47 @@ def main() -> int:
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--common", default="")
     parser.add_argument("--at_once", type=positive, default=2)
+    parser.add_argument("--together", action="store_true")
     arguments = parser.parse_intermixed_args()
 
     from files import write_json
 
-    changes = {"as it is": ""} | {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
+    changes = {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
     key = f"{arguments.preset}, {arguments.steps} steps" + (f", {arguments.common}" if arguments.common else "")
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    table = results.setdefault(key, {})
-    todo = []
-    for name, options in changes.items():
+    if arguments.together:
+        if len(changes) != 8:
+            parser.error(f"--together takes eight changes, not {len(changes)}")
+        table = results.setdefault(f"{key}, together", {})
+        rows = [(seed, list(itertools.compress(changes, made))) for seed, made in factorial()]
+        jobs = [(", ".join(names) or "as it is", joined([changes[n] for n in names]), seed) for seed, names in rows]
+    else:
+        changes = {"as it is": ""} | changes
+        table = results.setdefault(key, {})
+        jobs = [(name, options, seed) for seed in range(arguments.seeds) for name, options in changes.items()]
+    for name, options, _ in jobs:
         entry = table.setdefault(name, {"options": options, "context": context(), "bits_per_byte": {}})
         assert entry["options"] == options, f"{name!r} is there with other options"
-        todo += [(name, seed) for seed in range(arguments.seeds) if str(seed) not in entry["bits_per_byte"]]
-    todo.sort(key=lambda t: t[1])
 
-    def do(job: tuple[str, int]) -> None:
-        name, seed = job
-        table[name]["bits_per_byte"][str(seed)] = run(
-            arguments.preset, arguments.steps, seed, changes[name], arguments.common
-        )
-        print(f"{name}, seed {seed}: {table[name]['bits_per_byte'][str(seed)]:.4f}", flush=True)
-        write_json(arguments.out, results)
+    def do(job: tuple[str, str, int]) -> None:
+        name, options, seed = job
+        done = table[name]["bits_per_byte"]
+        if str(seed) not in done:
+            done[str(seed)] = run(arguments.preset, arguments.steps, seed, options, arguments.common)
+            print(f"{name}, seed {seed}: {done[str(seed)]:.4f}", flush=True)
+            write_json(arguments.out, results)
 
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        list(pool.map(do, todo))
+        list(pool.map(do, jobs))
 
-    print(f"\n{key}\n{'':<32}{'bits per byte':>16}{'to the preset':>22}")
+    print(f"\n{key}")
+    if arguments.together:
+        found, error = effects(factorial(), [table[name]["bits_per_byte"][str(seed)] for name, _, seed in jobs])
+        print(f"{'':<32}{'adds, bits per byte':>20}   (standard error {error:.4f})")
+        for name, effect in zip(changes, found, strict=True):
+            print(f"{name:<32}{effect:>+20.4f}")
+        return 0
+    print(f"{'':<32}{'bits per byte':>16}{'to the preset':>22}")
     base = table["as it is"]["bits_per_byte"]
     for name in changes:
         values = table[name]["bits_per_byte"]

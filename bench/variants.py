@@ -1,4 +1,4 @@
-"""train.py with one thing changed that no option changes:  python bench/variants.py NAME [options of train.py]
+"""train.py with one thing changed that no option changes:  python bench/variants.py NAME[,NAME] [options of train.py]
 
 For bench/ablate.py, whose changes may begin with --variant NAME. What pays and can be exported moves into the code and
 leaves this file; what does not pay stays, so that its figure can be measured again. Where one does not compile, add
@@ -28,6 +28,8 @@ STEP = [0]  # optimizer steps done, for schedules
 
 def count_steps() -> None:
     plain = optim.set_learning_rates
+    if plain.__name__ == "counting":  # for another variant already
+        return
 
     def counting(optimizers: Any, factor: float) -> None:
         STEP[0] += 1
@@ -304,23 +306,28 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "adamw-blocks": adamw_blocks,
     "short-rows-first": short_rows_first((100, 4)),
     "short-rows-first-200": short_rows_first((67, 4)),  # of 200 steps
+    "short-rows-first-100": short_rows_first((33, 4)),  # of 100 steps
     "shorter-rows-first": short_rows_first((100, 8)),
     "short-rows-half": short_rows_first((150, 4)),
     "short-rows-two-thirds": short_rows_first((200, 4)),
     "rows-grow": short_rows_first((50, 8), (100, 4), (150, 2)),
     "batch-warmup": batch_warmup(50),
+    "batch-warmup-100": batch_warmup(25),  # with --train.max_steps 125 the tokens of 100 steps
 }
 
 
 def main() -> int:
     import train
 
-    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+    names = sys.argv[1].split(",") if len(sys.argv) > 1 else []
+    if not names or not VARIANTS.keys() >= set(names):
         print(
-            f"usage: python bench/variants.py NAME [options of train.py]; names: {', '.join(VARIANTS)}", file=sys.stderr
+            f"usage: python bench/variants.py NAME[,NAME] [options of train.py]; names: {', '.join(VARIANTS)}",
+            file=sys.stderr,
         )
         return 2
-    VARIANTS[sys.argv[1]]()
+    for name in names:
+        VARIANTS[name]()
     return train.main(sys.argv[2:])
 
 
