@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bench.ablate import effects, factorial, joined
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,3 +47,63 @@ def test_a_result_says_that_any_part_of_the_code_was_not_the_commits(tmp_path: P
     script = "from bench.context import context; print(context()['uncommitted'])"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"{changed is not None}\n"
+
+
+def test_of_eight_changes_together_each_is_in_half_of_the_runs_whatever_the_seed_and_the_others_are() -> None:
+    runs = factorial()
+    assert len(set(runs)) == 16
+    assert [seed for seed, _ in runs] == sorted(4 * [0, 1, 2, 3])
+    made = list(zip(*(changes for _, changes in runs), strict=True))
+    assert [sum(change[4 * seed : 4 * seed + 4]) for change in made for seed in range(4)] == 8 * 4 * [2]
+    for several in (2, 3):  # of three as well: so no change looks like the joint effect of two others
+        for together in itertools.combinations(made, several):
+            assert sum(map(all, zip(*together, strict=True))) == 16 >> several
+
+
+def test_of_eight_changes_together_each_ones_effect_is_found_beside_noise_and_joint_effects() -> None:
+    true = [0.01, -0.02, 0.03, 0.0, 0.005, 0.0, -0.01, 0.07]
+    values = [1.7 + 0.02 * seed + sum(itertools.compress(true, changes)) for seed, changes in factorial()]
+    found, error = effects(factorial(), values)
+    assert found == pytest.approx(true, abs=1e-9)
+    assert error == pytest.approx(0, abs=1e-9)
+    # two that gain less together: half of that is each one's effect over the runs with and without the other
+    jointly = [v + 0.008 * (made[0] and made[1]) for v, (_, made) in zip(values, factorial(), strict=True)]
+    found, _ = effects(factorial(), jointly)
+    assert found == pytest.approx([0.014, -0.016, *true[2:]], abs=1e-9)
+    noise = [
+        0.002,
+        -0.001,
+        0.001,
+        0.0,
+        -0.002,
+        0.003,
+        -0.001,
+        0.001,
+        0.0,
+        -0.003,
+        0.002,
+        0.001,
+        -0.001,
+        0.0,
+        0.002,
+        -0.002,
+    ]
+    found, error = effects(factorial(), [v + n for v, n in zip(values, noise, strict=True)])
+    assert found == pytest.approx(true, abs=4 * error)
+    assert 0.0003 < error < 0.002
+
+
+def test_the_options_of_several_changes_are_joined_with_their_variants_first() -> None:
+    changes = ["--variant a --x 'two words'", "--y 2", "--variant b"]
+    assert joined(changes) == "--variant a,b --x 'two words' --y 2"
+    assert joined(changes[1:2]) == "--y 2"
+    assert joined([]) == ""
+
+
+@pytest.mark.parametrize("words", ["", "nothing", "embedding-norm,nothing"])
+def test_variants_refuse_a_name_they_do_not_have(words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "variants.py", *words.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "embedding-norm" in done.stderr
