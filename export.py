@@ -193,14 +193,14 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
 def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: Config, form: str) -> str:
     """README.md: what the model is, what it was trained on, what was measured, how to run it."""
     from checkpoint import is_hub_model, read_state
-    from metrics import read_results
+    from metrics import amount, read_results
 
     c, millions = model.config, model.parameter_counts()["total"] / 1e6
     training = f"Imported from {path.name}: see its own card, also for its licence.\n"
     if not is_hub_model(path):
         state, data = read_state(path), config.data
         training = f"From the weights of {Path(config.init_from).name}: " if config.init_from else ""
-        training += f"{state['tokens_seen'] / 1e6:,.1f}M tokens in {state['step']:,} steps, of these texts:\n\n"
+        training += f"{amount(state['tokens_seen'])} tokens in {state['step']:,} steps, of these texts:\n\n"
         training += "| dataset | share | source | licence of the text |\n|---|---|---|---|\n"
         for dataset, share in zip(data.current_datasets, data.dataset_probabilities, strict=True):
             source = DATASETS[dataset]

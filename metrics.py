@@ -206,9 +206,10 @@ def code_version() -> str | None:
 
 
 class Meter:
-    """Speed between two log lines."""
+    """Speed between two log lines, and how much longer validation and checkpoints make the whole."""
 
     def __init__(self) -> None:
+        self._trained, self._paused = 0.0, 0.0
         self._start()
 
     def _start(self) -> None:
@@ -221,6 +222,16 @@ class Meter:
             self._seconds + seconds,
             self._waited + waited,
         )
+        self._trained += seconds
+
+    def pause(self, seconds: float) -> None:
+        """What validation and checkpoints took behind a step."""
+        self._paused += seconds
+
+    @property
+    def pauses(self) -> float:
+        """Seconds of pause per second of training since the start; 0 before the first."""
+        return self._paused / self._trained if self._trained else 0.0
 
     def read(self) -> dict[str, float]:
         """tokens_per_second and data_wait (a share of the time) since the last reading; NaN when there was no step."""
@@ -230,10 +241,11 @@ class Meter:
         return values
 
 
-def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_step: int) -> str:
+def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_step: int, pauses: float) -> str:
     """One line, fixed order, for people and for grep. values: loss, lr, grad_norm, Meter.read's and, if known, mfu.
 
     total_steps: where the run is planned to end; one that ends with its last epoch may pass it a little.
+    pauses: Meter's; what is left is expected to have as many.
     """
     total_steps, speed = max(step, total_steps), values["tokens_per_second"]
     line = (
@@ -243,10 +255,18 @@ def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_s
     if math.isnan(speed):  # the first step of a process, which compiles: nothing to measure by
         return line
     mfu = f" | mfu {100 * values['mfu']:.0f}%" if "mfu" in values else ""
+    seconds_left = (total_steps - step) * tokens_per_step / speed * (1 + pauses)
     return (
         f"{line} | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s{mfu} | data {100 * values['data_wait']:.0f}%"
-        f" | eta {duration((total_steps - step) * tokens_per_step / speed)}"
+        f" | eta {duration(seconds_left)}"
     )
+
+
+def amount(tokens: int) -> str:
+    """15,360 or 2.3M or 10.0B."""
+    if tokens >= 1e9:
+        return f"{tokens / 1e9:,.1f}B"
+    return f"{tokens / 1e6:.1f}M" if tokens >= 1e6 else f"{tokens:,}"
 
 
 def duration(seconds: float) -> str:

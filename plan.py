@@ -22,7 +22,7 @@ from errors import ConfigError
 from files import PARTIAL
 from hardware import MEMORY_GB, PEAK_TFLOPS, choose_precision, default_device, describe, why_not_compile
 from memory import SHARE_TO_FILL, fitting_batch_size, training_memory, usable_memory
-from metrics import duration, read_metrics
+from metrics import amount, duration, read_metrics
 from model import GPT
 from prepare_data import DatasetPrep, planned_tokens, too_often
 
@@ -83,7 +83,7 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     rate = config.tokens_per_step(world_size) / speed.step
     print(f"device    {world_size} x {gpu or describe(default_device())}")
     print(f"model     {counts['total'] / 1e6:,.1f}M parameters, {flops / 1e6:,.1f} MFLOP per token")
-    print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {tokens / 1e6:,.1f}M "
+    print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {amount(tokens)} "
           f"tokens, {tokens / counts['total']:,.1f} per parameter")  # fmt: skip
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")

@@ -114,7 +114,7 @@ def train(config: Config) -> int:
         why_not_compile,
     )
     from memory import fitting_batch_size, usable_memory
-    from metrics import Meter, MetricsFile, code_version, duration, log_line, plot_loss
+    from metrics import Meter, MetricsFile, amount, code_version, duration, log_line, plot_loss
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
     from prepare_data import DatasetPrep
@@ -269,7 +269,7 @@ def train(config: Config) -> int:
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
     )
-    say(f"run       {run_dir}: step {step} to {total_steps:,}, {total_steps * tokens_per_step / 1e6:,.1f}M tokens")
+    say(f"run       {run_dir}: step {step} to {total_steps:,}, {amount(total_steps * tokens_per_step)} tokens")
     if state and step < total_steps != state["total_steps"]:
         was, now = (c.lr * lr_factor_at(step, n, warmup_steps, c) for n in (state["total_steps"], total_steps))
         before = f"before of {state['total_steps']:,}"
@@ -475,14 +475,16 @@ def train(config: Config) -> int:
             values = {"loss": loss, "lr": c.lr * factor, "grad_norm": grad_norm, **meter.read()}
             if peak:  # the share of all devices' peak that the model's own products had
                 values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world_size)
-            say(log_line(step, total_steps, values, tokens_per_step))
+            say(log_line(step, total_steps, values, tokens_per_step, meter.pauses))
             record("train", **values, seconds=seconds_trained)
         watch()
+        paused = time.perf_counter()
         val_loss = validate() if step % c.eval_every == 0 or is_end else None
         if step % c.save_every == 0 or is_end or save_is_due:
             watch()
             save()
             saved_step, last_save = step, time.perf_counter()
+        meter.pause(time.perf_counter() - paused)
 
     # ---- the end ------------------------------------------------------------------------------
     data.close()
@@ -495,7 +497,7 @@ def train(config: Config) -> int:
     if is_main:
         write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)
     elapsed = duration(time.perf_counter() - started)
-    say(f"{outcome} at step {step}: {tokens_seen / 1e6:,.1f}M tokens, this time in {elapsed}")
+    say(f"{outcome} at step {step}: {amount(tokens_seen)} tokens, this time in {elapsed}")
     if outcome == "stopped":
         say("everything is saved; run the same command with --resume to continue")
     accelerator.end_training()

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(argv, "The length of a run and its learning-rate schedule." + RUNS_OPTIONS, Config)
     import torch
 
+    from metrics import amount
     from model import GPT
     from optim import lr_factor_at
     from plan import run_length
@@ -41,11 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"batch       {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
           f"x {config.model.max_length} = {config.tokens_per_step(world_size):,} tokens per step")  # fmt: skip
-    print(
-        f"length      {total_steps:,} steps, {tokens / 1e6:,.1f} M tokens, {tokens / n_parameters:,.1f} per parameter"
-    )
+    print(f"length      {total_steps:,} steps, {amount(tokens)} tokens, {tokens / n_parameters:,.1f} per parameter")
     if tokens_per_epoch:
-        print(f"epochs      {tokens / tokens_per_epoch:.2f} of {tokens_per_epoch / 1e6:,.1f} M tokens")
+        print(f"epochs      {tokens / tokens_per_epoch:.2f} of {amount(tokens_per_epoch)} tokens")
     width = math.sqrt(768 / config.model.d_model)
     rates = [("lr (block matrices)" if c.optimizer == "muon" else "lr (all weights)", c.lr)]
     if c.optimizer == "muon":

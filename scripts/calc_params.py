@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from memory import computes_in_16_bits, training_memory
+    from metrics import amount
     from model import GPT
     from plan import most_checkpoints
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.train.max_steps:
         devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
         tokens = config.train.max_steps * config.tokens_per_step(devices)
-        print(f"this run: {tokens / 1e6:,.1f} M tokens on {devices} device{'s' * (devices > 1)}, ", end="")
+        print(f"this run: {amount(tokens)} tokens on {devices} device{'s' * (devices > 1)}, ", end="")
         print(f"{tokens / total:.1f} per parameter\n")
 
     print("sizes to choose from, with this vocabulary, context and batch_size (about 20 tokens per parameter")

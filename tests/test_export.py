@@ -143,7 +143,7 @@ def test_the_card_says_what_the_model_was_trained_on_and_how_it_did(saved: Save,
     write_json(source.parent / "eval-00000007.json", measured)
     export.main([str(source.parent), str(out), "--gguf", "f16"])
     card = (out / "README.md").read_text()
-    for words in ("0.1M tokens in 7 steps", "| SOTU | 70% |", "public domain", "| SOTU | 1.2345 | 4.3000 |"):
+    for words in ("123,456 tokens in 7 steps", "| SOTU | 70% |", "public domain", "| SOTU | 1.2345 | 4.3000 |"):
         assert words in card
     assert "| piqa | 1,838 | 52.5% +- 1.2% (acc_norm) | 50.0% |" in card
     assert "llama.cpp, and so Ollama, has no such rule" in card  # for numbers, of which this tokenizer has one
@@ -156,7 +156,7 @@ def test_results_that_cannot_be_read_are_left_out_of_the_card(saved: Save, tmp_p
     source = saved()
     (source.parent / "eval-00000007.json").write_text('{"held_out": {"SO')
     assert export.main([str(source), str(tmp_path / "out")]) == 0
-    assert "0.1M tokens in 7 steps" in (tmp_path / "out" / "README.md").read_text()
+    assert "123,456 tokens in 7 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_folder_whose_name_is_not_utf8_is_refused(saved: Save, tmp_path: Path):
@@ -415,7 +415,7 @@ def test_an_imported_model_is_trained_further_with_its_tokenizer_and_in_a_shorte
     moved = (trained.embedding.weight - imported.embedding.weight).abs().max()
     assert 0 < moved < 0.5 * imported.embedding.weight.abs().max()
     export.main([str(tmp_path / "smoke"), str(tmp_path / "out")])
-    assert "From the weights of theirs: 0.0M tokens in 2 steps" in (tmp_path / "out" / "README.md").read_text()
+    assert "From the weights of theirs: 512 tokens in 2 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if "apertus" not in name])  # which transformers cannot read

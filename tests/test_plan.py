@@ -24,7 +24,7 @@ def test_a_plan_foretells_the_run_and_leaves_nothing_behind(runs: Runs) -> None:
     options = ["--train.max_steps", "60", "--train.eval_every", "60", "--train.save_every", "60"]
     out, _ = runs("planned", *options, "--plan", "--price_per_hour", "36")
     assert not [*runs.folder.iterdir()], "a plan left something"
-    assert "60 steps of 256 tokens: 0.0M tokens" in out
+    assert "60 steps of 256 tokens: 15,360 tokens" in out
     price = re.search(r"price +([0-9.]+) at 36 an hour", out)
     assert price
     told_seconds = float(price[1]) * 100

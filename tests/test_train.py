@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metrics import MetricsFile, read_metrics
+from metrics import Meter, MetricsFile, amount, log_line, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32 = ("--train.precision", "fp32")
@@ -422,3 +422,24 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
         log.write("train", step, loss=1.0)
     assert capsys.readouterr().err == "warning: elsewhere shows no more of this run: no route\n"
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [(0, "0"), (999_999, "999,999"), (2_293_760, "2.3M"), (999_900_000, "999.9M"), (10**10, "10.0B")],
+)
+def test_few_tokens_are_counted_and_many_rounded(tokens: int, shown: str):
+    assert amount(tokens) == shown
+
+
+def test_the_time_left_counts_validation_and_checkpoints_as_often_as_they_were_so_far():
+    meter, values = Meter(), {"loss": 2.0, "lr": 0.02, "grad_norm": 1.0}
+    meter.add(1000, 10.0, 0.0)  # ten steps of 100 tokens, of a second each
+    assert log_line(10, 50, values | meter.read(), 100, meter.pauses).endswith("| eta 40s")
+    meter.pause(5.0)
+    meter.add(1000, 10.0, 0.0)
+    assert log_line(20, 50, values | meter.read(), 100, meter.pauses).endswith("| eta 38s")  # 30 + a quarter
+    meter.pause(15.0)
+    meter.add(1000, 5.0, 0.0)  # faster: the speed is that since the last line, the pauses of all the time
+    assert log_line(30, 50, values | meter.read(), 100, meter.pauses).endswith("| eta 18s")
+    assert log_line(50, 50, values | {"tokens_per_second": 100.0, "data_wait": 0.0}, 100, 0.8).endswith("| eta 0s")
