@@ -80,7 +80,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return AUTOCAST_DTYPES.get(choose_precision(device, "auto"), torch.float32)
 
 
-# Dense products in bf16 (fp16 on the last line's cards), fp32 sums, TFLOP/s: the makers' data sheets, without
+# Dense products in bf16 (fp16 on those WITHOUT_BF16), fp32 sums, TFLOP/s: the makers' data sheets, without
 # "sparsity"; in TF32 they do half. Then memory in GB, the least that a card of this name is sold with. The first that
 # is a word of the device's name counts (an RTX A4000 is no A40).
 CARDS = {
@@ -90,6 +90,7 @@ CARDS = {
     "RTX A6000": (155, 48), "RTX 5090": (210, 32), "RTX 4090": (165, 24), "RTX 3090": (71, 24), "MI300X": (1307, 192),
     "V100": (125, 16), "T4": (65, 16),
 }  # fmt: skip
+WITHOUT_BF16 = ("V100", "T4")  # nor tf32: before Ampere
 PEAK_TFLOPS = {card: tflops for card, (tflops, _) in CARDS.items()}
 MEMORY_GB = {card: gigabytes for card, (_, gigabytes) in CARDS.items()}
 

@@ -20,7 +20,7 @@ import torch
 from config import DATASETS, Config
 from errors import ConfigError
 from files import PARTIAL
-from hardware import MEMORY_GB, PEAK_TFLOPS, choose_precision, default_device, describe, why_not_compile
+from hardware import MEMORY_GB, PEAK_TFLOPS, WITHOUT_BF16, choose_precision, default_device, describe, why_not_compile
 from memory import SHARE_TO_FILL, fitting_batch_size, training_memory, usable_memory
 from metrics import amount, duration, read_metrics
 from model import GPT
@@ -51,6 +51,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
         raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
     if gpu and config.train.precision == "fp32":
         raise ConfigError("how fast GPUs are in fp32 is not known here; plan with --train.precision bf16, fp16 or tf32")
+    if gpu in WITHOUT_BF16 and config.train.precision in ("bf16", "tf32"):
+        raise ConfigError(f"a {gpu} has no {config.train.precision}; plan with --train.precision fp16 or auto")
     if gpu and config.train.precision == "auto":  # which means fp16 on some, and takes as much
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
     c = config.train

@@ -102,6 +102,21 @@ def test_a_plan_for_a_gpu_counts_in_the_gpus_format_not_in_this_machines(
         plan("fp32")
 
 
+@pytest.mark.parametrize("gpu", ["T4", "V100"])
+def test_a_plan_for_a_gpu_before_ampere_refuses_the_formats_that_it_lacks(
+    gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--preset", "gpt2", "--plan", "--gpu", gpu, "--mfu", "0.4", "--train.precision"]
+    for precision in ("bf16", "tf32"):
+        with pytest.raises(ConfigError, match=f"a {gpu} has no {precision}; plan with --train.precision fp16 or auto"):
+            train.main([*options, precision])
+    plans = []
+    for precision in ("fp16", "auto"):
+        assert train.main([*options, precision]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
+
+
 def test_a_plan_for_a_gpu_that_is_not_here_holds_the_memory_against_the_cards(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
