@@ -174,7 +174,7 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
         require(its_tokens == tokens, "transformers cuts text into other tokens")
         said += [f"transformers: equal tokens, logits off by at most {off.abs().max():.1e}"]
     else:
-        said += ["transformers is not installed, so it was not asked"]
+        said += ["not compared with transformers, which is not installed (pip install transformers)"]
     if form != "none" and importlib.util.find_spec("llama_cpp"):
         from llama_cpp import Llama
 
@@ -186,7 +186,7 @@ def check(folder: Path, form: str, model: GPT, tokenizer: Tokenizer) -> list[str
         require(llama.tokenize(PROBE.encode(), special=False) == tokens, "llama.cpp cuts text into other tokens")
         said += [f"llama.cpp: equal tokens, logits off by {off:.2%} of their deviation"]
     elif form != "none":
-        said += ["llama.cpp is not installed (pip install llama-cpp-python), so it was not asked"]
+        said += ["not compared with llama.cpp, which is not installed (pip install llama-cpp-python)"]
     return said
 
 
