@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from files import whole_file
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,10 @@ def code_version() -> str | None:
 
 
 class Meter:
-    """Speed between two log lines, and how much longer validation and checkpoints make the whole."""
+    """Speed between two log lines, and the time that validation and checkpoints take."""
 
     def __init__(self) -> None:
-        self._trained, self._paused = 0.0, 0.0
+        self._pauses: dict[str, tuple[int, float]] = {}  # every how many steps, and the seconds of the last one
         self._start()
 
     def _start(self) -> None:
@@ -222,16 +224,18 @@ class Meter:
             self._seconds + seconds,
             self._waited + waited,
         )
-        self._trained += seconds
 
-    def pause(self, seconds: float) -> None:
-        """What validation and checkpoints took behind a step."""
-        self._paused += seconds
+    def pause(self, every: int, work: Callable[[], T]) -> T:
+        """work(), which comes every so many steps and at the end."""
+        started = time.perf_counter()
+        result = work()
+        self._pauses[work.__name__] = every, time.perf_counter() - started
+        return result
 
-    @property
-    def pauses(self) -> float:
-        """Seconds of pause per second of training since the start; 0 before the first."""
-        return self._paused / self._trained if self._trained else 0.0
+    def pauses_left(self, step: int, total_steps: int) -> float:
+        """Seconds of pauses from the one behind `step` on, each as long as the last of its kind, if there was one."""
+        left = [(-(-total_steps // every) - (step - 1) // every, seconds) for every, seconds in self._pauses.values()]
+        return sum(n * seconds for n, seconds in left)
 
     def read(self) -> dict[str, float]:
         """tokens_per_second and data_wait (a share of the time) since the last reading; NaN when there was no step."""
@@ -241,11 +245,11 @@ class Meter:
         return values
 
 
-def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_step: int, pauses: float) -> str:
+def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_step: int, pauses_left: float) -> str:
     """One line, fixed order, for people and for grep. values: loss, lr, grad_norm, Meter.read's and, if known, mfu.
 
     total_steps: where the run is planned to end; one that ends with its last epoch may pass it a little.
-    pauses: Meter's; what is left is expected to have as many.
+    pauses_left: seconds (Meter.pauses_left at this step).
     """
     total_steps, speed = max(step, total_steps), values["tokens_per_second"]
     line = (
@@ -255,7 +259,7 @@ def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_s
     if math.isnan(speed):  # the first step of a process, which compiles: nothing to measure by
         return line
     mfu = f" | mfu {100 * values['mfu']:.0f}%" if "mfu" in values else ""
-    seconds_left = (total_steps - step) * tokens_per_step / speed * (1 + pauses)
+    seconds_left = (total_steps - step) * tokens_per_step / speed + pauses_left
     return (
         f"{line} | {speed / 1e3:.{1 if speed < 1e5 else 0}f}k tok/s{mfu} | data {100 * values['data_wait']:.0f}%"
         f" | eta {duration(seconds_left)}"
@@ -264,7 +268,7 @@ def log_line(step: int, total_steps: int, values: dict[str, float], tokens_per_s
 
 def amount(tokens: int) -> str:
     """15,360 or 2.3M or 10.0B."""
-    if tokens >= 1e9:
+    if tokens >= 999.95e6:  # 1000.0M, rounded
         return f"{tokens / 1e9:,.1f}B"
     return f"{tokens / 1e6:.1f}M" if tokens >= 1e6 else f"{tokens:,}"
 

@@ -50,7 +50,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     if gpu and gpu not in PEAK_TFLOPS:
         raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
     if gpu and config.train.precision == "fp32":
-        raise ConfigError("how fast GPUs are in fp32 is not known here; plan with --train.precision bf16, fp16 or tf32")
+        others = "fp16" if gpu in WITHOUT_BF16 else "bf16, fp16 or tf32"
+        raise ConfigError(f"how fast GPUs are in fp32 is not known here; plan with --train.precision {others}")
     if gpu in WITHOUT_BF16 and config.train.precision in ("bf16", "tf32"):
         raise ConfigError(f"a {gpu} has no {config.train.precision}; plan with --train.precision fp16 or auto")
     if gpu and config.train.precision == "auto":  # which means fp16 on some, and takes as much

@@ -475,16 +475,14 @@ def train(config: Config) -> int:
             values = {"loss": loss, "lr": c.lr * factor, "grad_norm": grad_norm, **meter.read()}
             if peak:  # the share of all devices' peak that the model's own products had
                 values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world_size)
-            say(log_line(step, total_steps, values, tokens_per_step, meter.pauses))
+            say(log_line(step, total_steps, values, tokens_per_step, meter.pauses_left(step, total_steps)))
             record("train", **values, seconds=seconds_trained)
         watch()
-        paused = time.perf_counter()
-        val_loss = validate() if step % c.eval_every == 0 or is_end else None
+        val_loss = meter.pause(c.eval_every, validate) if step % c.eval_every == 0 or is_end else None
         if step % c.save_every == 0 or is_end or save_is_due:
             watch()
-            save()
+            meter.pause(c.save_every, save)
             saved_step, last_save = step, time.perf_counter()
-        meter.pause(time.perf_counter() - paused)
 
     # ---- the end ------------------------------------------------------------------------------
     data.close()

@@ -8,8 +8,11 @@ holds already are not done again.
 
 --together: eight changes in 16 runs of four seeds instead of 27 of three, for models whose runs are long. Each change
 is made in half of the runs, with each other change in half of those, and in half of each seed's; its effect is the
-difference of the two halves, so all 16 runs tell of each. No effect of one is mixed with a joint effect of two (a
-2^(8-4) design of resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, 2nd ed., chapter 6).
+difference of the two halves, so all 16 runs tell of each: what the change adds on average over the others made or not,
+which is not quite what it adds to the preset. No effect of one is mixed with a joint effect of two (a 2^(8-4) design of
+resolution IV: Box, Hunter and Hunter, Statistics for Experimenters, 2nd ed., chapter 6). The standard error is of 4
+degrees of freedom: by chance, one effect in twenty is above 2.8 of them. Only for changes that can be made together: of
+two variants that replace the same thing, one would be lost.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,7 +92,7 @@ def main() -> int:
     parser.add_argument("changes", nargs="*", metavar="'NAME: OPTIONS'")
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--seeds", type=positive)
     parser.add_argument("--common", default="")
     parser.add_argument("--at_once", type=positive, default=2)
     parser.add_argument("--together", action="store_true")
@@ -99,19 +103,29 @@ def main() -> int:
     changes = {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
     key = f"{arguments.preset}, {arguments.steps} steps" + (f", {arguments.common}" if arguments.common else "")
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if any(shlex.split(options) == ["--variant"] for options in changes.values()):
+        parser.error("--variant has no name; bench/variants.py prints them")
+    if len(changes) < len(arguments.changes):
+        parser.error("two changes have one name")
     if arguments.together:
         if len(changes) != 8:
             parser.error(f"--together takes eight changes, not {len(changes)}")
+        if arguments.seeds:
+            parser.error("--together has four seeds of its own; leave --seeds out")
+        words = Counter(word for options in changes.values() for word in shlex.split(options) if word[:2] == "--")
+        if twice := [word for word, n in words.items() if n > 1 and word != "--variant"]:
+            parser.error(f"{twice[0]} is in two changes, and where both are made the last would win")
         table = results.setdefault(f"{key}, together", {})
         rows = [(seed, list(itertools.compress(changes, made))) for seed, made in factorial()]
         jobs = [(", ".join(names) or "as it is", joined([changes[n] for n in names]), seed) for seed, names in rows]
     else:
         changes = {"as it is": ""} | changes
         table = results.setdefault(key, {})
-        jobs = [(name, options, seed) for seed in range(arguments.seeds) for name, options in changes.items()]
+        jobs = [(name, options, seed) for seed in range(arguments.seeds or 3) for name, options in changes.items()]
     for name, options, _ in jobs:
         entry = table.setdefault(name, {"options": options, "context": context(), "bits_per_byte": {}})
-        assert entry["options"] == options, f"{name!r} is there with other options"
+        if entry["options"] != options:
+            parser.error(f"{arguments.out} has {name!r} with other options; give it another name, or another OUT")
 
     def do(job: tuple[str, str, int]) -> None:
         name, options, seed = job
@@ -124,12 +138,12 @@ def main() -> int:
     with ThreadPoolExecutor(arguments.at_once) as pool:
         list(pool.map(do, jobs))
 
-    print(f"\n{key}")
+    print(f"\n{key}{', together' if arguments.together else ''}")
     if arguments.together:
         found, error = effects(factorial(), [table[name]["bits_per_byte"][str(seed)] for name, _, seed in jobs])
-        print(f"{'':<32}{'adds, bits per byte':>20}   (standard error {error:.4f})")
+        print(f"{'':<32}{'bits per byte':>16}   (each +- {error:.4f}, 4 degrees of freedom)")
         for name, effect in zip(changes, found, strict=True):
-            print(f"{name:<32}{effect:>+20.4f}")
+            print(f"{name:<32}{effect:>+16.4f}")
         return 0
     print(f"{'':<32}{'bits per byte':>16}{'to the preset':>22}")
     base = table["as it is"]["bits_per_byte"]

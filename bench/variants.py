@@ -1,8 +1,8 @@
 """train.py with one thing changed that no option changes:  python bench/variants.py NAME[,NAME] [options of train.py]
 
-For bench/ablate.py, whose changes may begin with --variant NAME. What pays and can be exported moves into the code and
-leaves this file; what does not pay stays, so that its figure can be measured again. Where one does not compile, add
---train.no_compile.
+For bench/ablate.py, whose changes may begin with --variant NAME. Of two that replace the same thing, one is lost. What
+pays and can be exported moves into the code and leaves this file; what does not pay stays, so that its figure can be
+measured again. Where one does not compile, add --train.no_compile.
 """
 
 from __future__ import annotations

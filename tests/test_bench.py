@@ -100,6 +100,26 @@ def test_the_options_of_several_changes_are_joined_with_their_variants_first() -
     assert joined([]) == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ([f"{n}: --x{n} 1" for n in range(7)], "--together takes eight changes, not 7"),
+        ([f"{n}: --x{n} 1" for n in range(7)] + ["7: --x0 2"], "--x0 is in two changes, and where both are made the"),
+        ([f"{n}: --x{n} 1" for n in range(8)] + ["3: --x9 2"], "two changes have one name"),
+        ([f"{n}: --x{n} 1" for n in range(7)] + ["7: --variant"], "--variant has no name; bench/variants.py prints"),
+        ([f"{n}: --x{n} 1" for n in range(8)] + ["--seeds=4"], "--together has four seeds of its own; leave --seeds"),
+    ],
+)
+def test_changes_that_cannot_be_made_together_are_refused_before_any_run(
+    tmp_path: Path, changes: list[str], why: str
+) -> None:
+    command = [sys.executable, ROOT / "bench" / "ablate.py", tmp_path / "out.json", "--together", *changes]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("words", ["", "nothing", "embedding-norm,nothing"])
 def test_variants_refuse_a_name_they_do_not_have(words: str) -> None:
     done = subprocess.run(

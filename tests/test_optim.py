@@ -94,7 +94,7 @@ def test_in_fp32_orthogonalize_gives_the_polynomials_of_the_singular_values(
     for a, b, c in optim._SAFE_POLYNOMIALS:
         expected = a * expected + b * expected**3 + c * expected**5
     error = orthogonalize(((u * values) @ v.mT).float()).double() - (u * expected) @ v.mT
-    assert torch.linalg.matrix_norm(error, 2).item() < 0.012  # a bf16 of 1 is within 0.004
+    assert torch.linalg.matrix_norm(error, 2).item() < 0.02  # a bf16 of 1 is within 0.004
 
 
 @pytest.mark.parametrize(("columns", "share"), [(48, 1.0), (72, 1.0), (96, 42 / 50), (480, 74 / 210)])

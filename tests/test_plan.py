@@ -110,6 +110,8 @@ def test_a_plan_for_a_gpu_before_ampere_refuses_the_formats_that_it_lacks(
     for precision in ("bf16", "tf32"):
         with pytest.raises(ConfigError, match=f"a {gpu} has no {precision}; plan with --train.precision fp16 or auto"):
             train.main([*options, precision])
+    with pytest.raises(ConfigError, match=r"not known here; plan with --train.precision fp16"):
+        train.main([*options, "fp32"])
     plans = []
     for precision in ("fp16", "auto"):
         assert train.main([*options, precision]) == 0

@@ -426,20 +426,42 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
 
 @pytest.mark.parametrize(
     ("tokens", "shown"),
-    [(0, "0"), (999_999, "999,999"), (2_293_760, "2.3M"), (999_900_000, "999.9M"), (10**10, "10.0B")],
+    [
+        (0, "0"),
+        (999_999, "999,999"),
+        (2_293_760, "2.3M"),
+        (999_949_999, "999.9M"),
+        (999_950_000, "1.0B"),
+        (10**10, "10.0B"),
+    ],
 )
 def test_few_tokens_are_counted_and_many_rounded(tokens: int, shown: str):
     assert amount(tokens) == shown
 
 
-def test_the_time_left_counts_validation_and_checkpoints_as_often_as_they_were_so_far():
-    meter, values = Meter(), {"loss": 2.0, "lr": 0.02, "grad_norm": 1.0}
-    meter.add(1000, 10.0, 0.0)  # ten steps of 100 tokens, of a second each
-    assert log_line(10, 50, values | meter.read(), 100, meter.pauses).endswith("| eta 40s")
-    meter.pause(5.0)
-    meter.add(1000, 10.0, 0.0)
-    assert log_line(20, 50, values | meter.read(), 100, meter.pauses).endswith("| eta 38s")  # 30 + a quarter
-    meter.pause(15.0)
-    meter.add(1000, 5.0, 0.0)  # faster: the speed is that since the last line, the pauses of all the time
-    assert log_line(30, 50, values | meter.read(), 100, meter.pauses).endswith("| eta 18s")
-    assert log_line(50, 50, values | {"tokens_per_second": 100.0, "data_wait": 0.0}, 100, 0.8).endswith("| eta 0s")
+def test_the_time_left_counts_the_validations_and_checkpoints_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("metrics.time.perf_counter", lambda: now[0])
+
+    def validate() -> str:
+        now[0] += 7.0
+        return "a loss"
+
+    def save() -> None:
+        now[0] += 2.0
+
+    meter, line = Meter(), {"loss": 2.0, "lr": 0.02, "grad_norm": 1.0}
+
+    def eta(step: int) -> str:
+        meter.add(1000, 10.0, 0.0)  # ten steps of 100 tokens, of a second each
+        left = meter.pauses_left(step, 55)
+        return log_line(step, 55, line | meter.read(), 100, left).rpartition("| eta ")[2]
+
+    assert eta(10) == "45s"
+    assert meter.pause(20, validate) == "a loss"  # as after a resume, or by save_minutes: at any step
+    assert eta(11) == "1m05s"  # 44, and validations at 20, 40 and 55
+    meter.pause(25, save)
+    assert eta(19) == "1m03s"  # 36, and checkpoints at 25, 50 and 55 as well
+    assert eta(20) == "1m02s"  # the validation behind this step is still to come
+    assert eta(50) == "16s"
+    assert eta(55) == "9s"
