@@ -113,7 +113,7 @@ def test_the_options_of_several_changes_are_joined_with_their_variants_first() -
 def test_changes_that_cannot_be_made_together_are_refused_before_any_run(
     tmp_path: Path, changes: list[str], why: str
 ) -> None:
-    command = [sys.executable, ROOT / "bench" / "ablate.py", tmp_path / "out.json", "--together", *changes]
+    command = [sys.executable, str(ROOT / "bench" / "ablate.py"), str(tmp_path / "out.json"), "--together", *changes]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert why in done.stderr
