@@ -313,6 +313,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "rows-grow": short_rows_first((50, 8), (100, 4), (150, 2)),
     "batch-warmup": batch_warmup(50),
     "batch-warmup-100": batch_warmup(25),  # with --train.max_steps 125 the tokens of 100 steps
+    "batch-warmup-300": batch_warmup(75),  # with --train.max_steps 375 those of 300
 }
 
 
