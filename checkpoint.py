@@ -500,7 +500,7 @@ _FREE_TRAINING_FIELDS = {
     "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "fit_memory", "activation_checkpointing",
     "max_steps", "epochs", "precision", "compile", "fsdp",
     "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every",
-    "hang_minutes", "max_spike",
+    "hang_minutes", "trackers", "max_spike",
 }  # fmt: skip
 
 

@@ -233,8 +233,12 @@ class Meter:
         return result
 
     def pauses_left(self, step: int, total_steps: int) -> float:
-        """Seconds of pauses from the one behind `step` on, each as long as the last of its kind, if there was one."""
-        left = [(-(-total_steps // every) - (step - 1) // every, seconds) for every, seconds in self._pauses.values()]
+        """Seconds of pauses from the one behind `step` on, each as long as the last of its kind, if there was one.
+
+        Behind total_steps, which a run by epochs may pass: that of its end.
+        """
+        last = max(step, total_steps)
+        left = [(-(-last // every) - (step - 1) // every, seconds) for every, seconds in self._pauses.values()]
         return sum(n * seconds for n, seconds in left)
 
     def read(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -161,7 +162,7 @@ def _measured(config: Config, run: Callable) -> Speed | None:
     folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan-{launch}"
     few = dataclasses.replace(
         c, max_steps=MEASURED_STEPS, warmup_tokens=0, eval_every=10**9, save_every=10**9, log_every=1,
-        out_dir=str(folder.parent), run_name=folder.name,
+        out_dir=str(folder.parent), run_name=folder.name, trackers=(),
     )  # fmt: skip
     is_main = os.environ.get("RANK", "0") == "0"
     print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
@@ -218,6 +219,9 @@ def check(config: Config, argv: Sequence[str]) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("--check rehearses one process; run it without the launcher: python train.py --check")
     device, c = default_device(), config.train
+    for name in c.trackers:  # they are to show the run, not its rehearsal
+        if find_spec(name) is None:
+            raise ConfigError(f"train.trackers has {name}, which is not installed: pip install {name}")
     _tick("device", f"{describe(device)} | {choose_precision(device, c.precision)}")
     why_not = why_not_compile(device) if c.compile else "off"
     _tick("compiler", f"not used: {why_not}" if why_not else "there is one", good=not (c.compile and why_not))
@@ -236,7 +240,8 @@ def check(config: Config, argv: Sequence[str]) -> int:
         small = [
             *argv, *layers, "--train.batch_size", "1",
             "--train.gradient_accumulation_steps", str(config.data.n_streams), "--train.warmup_tokens", "0",
-            "--train.out_dir", folder, "--train.run_name", "check", "--train.no_compile", "--train.save_every", "1",
+            "--train.out_dir", folder, "--train.run_name", "check", "--train.no_compile", "--train.trackers",
+            "--train.save_every", "1",
             "--data.val_tokens", str(2 * config.model.max_length), "--eval.sample_tokens", "8",
         ]  # fmt: skip
         parts = {

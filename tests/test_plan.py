@@ -183,6 +183,22 @@ def test_a_check_goes_through_the_parts_of_a_run_and_leaves_nothing_behind(runs:
     assert {*runs.folder.iterdir()} == before
 
 
+def test_trackers_show_neither_a_plan_nor_a_check_but_have_to_be_installed(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text("raise SystemExit('wandb is asked to show this')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    _, err = runs("shown", "--train.trackers", "wandb", code=1)
+    assert "wandb is asked to show this" in err
+    out, _ = runs("checked", "--check", "--train.trackers", "wandb")
+    assert "ready: " in out
+    out, _ = runs("planned", "--plan", "--train.trackers", "wandb")
+    assert "measured in" in out
+    (tmp_path / "wandb.py").unlink()
+    _, err = runs("checked", "--check", "--train.trackers", "wandb", code=2)
+    assert err == "error: train.trackers has wandb, which is not installed: pip install wandb\n"
+
+
 def test_a_check_that_fails_says_why_and_ends_with_the_runs_exit_code(runs: Runs, tmp_path: Path) -> None:
     local = ["--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1"]
     out, _ = runs("unread", "--check", *local, "--data.local_files", str(tmp_path / "nothing.txt"), code=3)

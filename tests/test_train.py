@@ -402,6 +402,14 @@ def test_tensorboard_shows_the_losses_and_samples_of_a_run_and_each_step_once_af
     assert text.tensor_proto.string_val[0].decode().startswith("The people of")
 
 
+def test_a_resumed_run_may_be_shown_elsewhere_or_nowhere_from_then_on(runs: Runs) -> None:
+    runs("shown")
+    runs("shown", "--train.max_steps", "22", "--resume", "--train.trackers", "tensorboard")
+    assert [*(runs.folder / "shown" / "tensorboard").iterdir()]
+    out, _ = runs("shown", "--train.max_steps", "23", "--resume")
+    assert "complete at step 23" in out
+
+
 def test_a_tracker_that_is_not_installed_ends_the_run_before_the_first_step(runs: Runs) -> None:
     _, err = runs("untracked", "--train.trackers", "wandb", code=2)
     assert err.splitlines()[-1] == "error: train.trackers has wandb, which is not installed: pip install wandb"
@@ -465,3 +473,4 @@ def test_the_time_left_counts_the_validations_and_checkpoints_that_are_still_to_
     assert eta(20) == "1m02s"  # the validation behind this step is still to come
     assert eta(50) == "16s"
     assert eta(55) == "9s"
+    assert eta(100) == "9s"  # epochs end about where they were foretold: later too
