@@ -202,7 +202,8 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)  # (B, G, S, K), S = seen + T
             if cache.seen > 0 and T > 1:  # query t may look at keys up to seen + t
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.seen)
-        in_blocks = cache is None and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512
+        plain = cache is None and mask is None
+        in_blocks = plain and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512
         # Of CUDA's kernels for many queries only flash attention takes shared keys, and no mask; without bf16 there may
         # be none.
         if G != H and (in_blocks or (q.is_cuda and T > 1 and (q.dtype != torch.bfloat16 or mask is not None))):
@@ -323,7 +324,7 @@ class GPT(nn.Module):
         again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             if again:
-                x = checkpoint(block, x, cos, sin, cache, layer, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, cache, layer, *mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, cache, layer, *mask)
         if cache is not None:

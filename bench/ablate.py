@@ -123,7 +123,7 @@ def main() -> int:
         table = results.setdefault(key, {})
         jobs = [(name, options, seed) for seed in range(arguments.seeds or 3) for name, options in changes.items()]
     for name, options, _ in jobs:
-        entry = table.setdefault(name, {"options": options, "context": context(), "bits_per_byte": {}})
+        entry = table.setdefault(name, {"options": options, "contexts": {}, "bits_per_byte": {}})
         if entry["options"] != options:
             parser.error(f"{arguments.out} has {name!r} with other options; give it another name, or another OUT")
 
@@ -131,7 +131,10 @@ def main() -> int:
         name, options, seed = job
         done = table[name]["bits_per_byte"]
         if str(seed) not in done:
+            here = context()
             done[str(seed)] = run(arguments.preset, arguments.steps, seed, options, arguments.common)
+            # Of each seed, which may come from a later command. (Files of before 2026-11-29: of the line's first.)
+            table[name].setdefault("contexts", {})[str(seed)] = here
             print(f"{name}, seed {seed}: {done[str(seed)]:.4f}", flush=True)
             write_json(arguments.out, results)
 

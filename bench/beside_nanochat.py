@@ -31,15 +31,15 @@ import torch
 
 from bench.ablate import run
 from bench.context import context, positive
+from bench.peers import held_out_bits
 from config import Config, load_config
 from files import write_json
 from hardware import choose_precision, compile_for_training
-from metrics import Score, score_rows
 from model import GPT
 from optim import build_optimizers
 from prepare_data import DatasetPrep
 
-FACTORS = (1.0, 0.3, math.sqrt(4096 / 2**19))  # the last: its own rule, rates by the root of the batch
+FACTORS = (1.0, 0.3)
 
 
 class Nanochat:
@@ -84,12 +84,8 @@ def train_nanochat(clone: Path, config: Config, factor: float, seed: int, steps:
     for done in range(steps):
         batch = next(data)
         peer.step(batch.inputs, batch.targets, done, steps)
-    held_out = data.validation_rows().values()
     data.close()
-    byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
-    with torch.inference_mode():
-        scores = [score_rows(peer.model, np.asarray(rows), byte_length, 16) for rows in held_out]
-    return Score.concatenate(scores).summary()["bits_per_byte"]
+    return held_out_bits(peer.model, data)
 
 
 class Ours:
@@ -152,11 +148,12 @@ def main() -> int:
         medians = {name: statistics.median(values) for name, values in timed["seconds"].items()}
         print(f"a step: ours {medians['ours']:.3f} s, nanochat {medians['nanochat']:.3f} s", flush=True)
     if arguments.seeds:
-        name, steps, factors = "held out", arguments.steps, FACTORS
+        own_rule = math.sqrt(config.tokens_per_step() / 2**19)  # rates by the root of the batch
+        name, steps, factors = "held out", arguments.steps, (*FACTORS, own_rule)
         if arguments.equal_time:
             medians = {name: statistics.median(values) for name, values in results["a step"]["seconds"].items()}
             name, steps = "held out, equal time", round(arguments.steps * medians["ours"] / medians["nanochat"])
-            factors = FACTORS[:2]  # the third was far behind at equal steps
+            factors = FACTORS  # its own rule was far behind at equal steps
         found = {f: train_nanochat(arguments.clone, config, f, 0, steps) for f in factors}
         for factor, bits in found.items():
             print(f"nanochat, its rates x {factor:.3f}, seed 0: {bits:.4f}", flush=True)

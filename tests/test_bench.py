@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,21 @@ def test_changes_that_cannot_be_made_together_are_refused_before_any_run(
     assert done.returncode == 2
     assert why in done.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_an_ablation_goes_on_with_further_seeds_and_each_has_the_command_that_it_is_of(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    common = f"--train.no_compile --train.warmup_tokens 0 --data.cache_dir {tmp_path / 'cache'}"
+    ablate = [sys.executable, str(ROOT / "bench" / "ablate.py"), str(out), "--preset", "smoke", "--steps", "2"]
+    said = [
+        subprocess.run([*ablate, "--seeds", n, "--common", common], capture_output=True, text=True, check=True).stdout
+        for n in ("1", "2")
+    ]
+    assert [text.count("as it is, seed") for text in said] == [1, 1]
+    ((entry,),) = [table.values() for table in json.loads(out.read_text()).values()]
+    assert [entry["contexts"][seed]["command"].partition(" --seeds ")[2][:1] for seed in ("0", "1")] == ["1", "2"]
+    assert entry["bits_per_byte"]["0"] != entry["bits_per_byte"]["1"]
+    assert f"{sum(entry['bits_per_byte'].values()) / 2:.4f} +- " in said[1]
 
 
 @pytest.mark.parametrize("words", ["", "nothing", "embedding-norm,nothing"])

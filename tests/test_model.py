@@ -118,16 +118,21 @@ def test_last_only_gives_the_last_positions_logits(tiny_model: Build):
     assert torch.allclose(model(ids, last_only=True), model(ids)[:, -1:], atol=1e-5)
 
 
-@torch.inference_mode()
-def test_texts_that_share_a_row_and_a_beginning_are_as_alone(tiny_model: Build):
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_texts_that_share_a_row_and_a_beginning_are_as_alone(
+    tiny_model: Build, training: bool, activation_checkpointing: bool
+):
     model, (a, b) = tiny_model(n_kv_heads=2), random_ids(2, 9)
+    model.activation_checkpointing = activation_checkpointing
     whole, branch = model(torch.stack((a, b))), torch.cat((a[:4], b[4:]))  # the last begins as the first does
     ids = torch.cat((a, b[4:], b))[None]
     positions = torch.tensor([[*range(9), *range(4, 9), *range(9)]])
     text, part = torch.tensor([0] * 14 + [1] * 9), torch.tensor([0] * 4 + [1] * 5 + [2] * 5 + [0] * 9)
     sees = (text[:, None] == text) & ((part == 0) | (part[:, None] == part))
     at = torch.zeros(23, dtype=torch.long), torch.arange(23)
-    found = model(ids, packed=Packed(positions, sees.tril()[None, None], at))
+    with torch.set_grad_enabled(training):
+        found = model(ids, packed=Packed(positions, sees.tril()[None, None], at))
     assert torch.allclose(found, torch.cat((whole[0], model(branch[None])[0, 4:], whole[1])), atol=2e-5)
 
 
