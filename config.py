@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from errors import ConfigError
@@ -224,6 +225,11 @@ class TrainingConfig:
     hang_minutes: float = 60.0  # end the run, showing where it hangs, when a step takes longer than this; 0: never
     trackers: tuple[str, ...] = ()  # show the run there as well: tensorboard, trackio, wandb (each to be installed)
     max_spike: float = 0.0  # when a loss is so many nats above its recent median: undo, skip what led there; 0: never
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder. Raises RuntimeError for a ~name that no user here has."""
+        return Path(self.out_dir).expanduser() / self.run_name
 
     def validate(self) -> None:
         _positive(

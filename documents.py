@@ -136,7 +136,7 @@ class DocumentStream:
         few = self.source.hash_range != ALL_HASHES  # then val_fraction has no say
         return "use more documents" if few or not self._held_out else "raise --data.val_fraction"
 
-    def _read_chunk(self, file: int, chunk: int) -> Sequence[Document] | None:
+    def _read_chunk(self, file: int, chunk: int) -> Chunk | None:
         """One chunk's documents, None behind the file's last; reads again after a fault of the network."""
         index, whole = self._files[file]
         share = (0, 1) if whole else (self._stream, self._n_streams)
@@ -146,11 +146,10 @@ class DocumentStream:
             try:
                 if self._reader is None:
                     self._reader = read_chunks(self.source, index, *share, start=chunk)
-                item = next(self._reader, None)
-                if item is None:
+                documents = next(self._reader, None)
+                if documents is None:
                     self._reader = None
-                    return None
-                return item.documents
+                return documents
             except DataError:
                 raise
             except Exception as error:

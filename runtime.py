@@ -96,7 +96,7 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> list[
     Raises ConfigError for one that is not installed or does not start. accelerate's own init_trackers leaves such out
     silently, and knows no names of runs.
     """
-    run_dir, name = Path(config.train.out_dir).expanduser() / config.train.run_name, config.train.run_name
+    run_dir, name = config.train.run_dir, config.train.run_name
     settings = {"name": name, "config": config.to_dict(), "resume": "allow"}
     began = next(r["time"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "start")
     run_id = f"{name}-{began:.0f}"  # a new run of an old name is another

@@ -85,18 +85,8 @@ class Tokenized:
     hash: int
 
 
-Document = str | Tokenized
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Documents that are read together: a row group, or CHUNK lines. `index` counts within file and share.
-
-    "" stands for a record without text.
-    """
-
-    index: int
-    documents: Sequence[Document]
+Document = str | Tokenized  # "": a record without text
+Chunk = Sequence[Document]  # those that are read together: a row group, or CHUNK lines
 
 
 def document_hash(document: Document) -> int:
@@ -146,7 +136,7 @@ def _hash_range(source: Source) -> tuple[int, int]:
     for i, path in enumerate(source.files):
         try:
             for chunk in read_chunks(source, i, 0, 1, 0):
-                hashes.update(document_hash(document) for document in chunk.documents if document)
+                hashes.update(document_hash(document) for document in chunk if document)
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             raise CorruptRecord(f"{path} cannot be read, or is truncated: {error}") from None
     if not hashes:
@@ -315,7 +305,7 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
                         raise  # of the network or the disk; Arrow's own are plain
                     raise CorruptRecord(f"{path}, row group {group}, cannot be decoded: {error}") from None
                 texts = [_checked(text, path, f"row group {group}") for text in table.column(0).to_pylist()]
-                yield Chunk(index, texts if by_group else texts[(share - first_row) % n_shares :: n_shares])
+                yield texts if by_group else texts[(share - first_row) % n_shares :: n_shares]
             first_row += footer.row_group(group).num_rows
 
 
@@ -333,11 +323,8 @@ def _row_chunks(source: Source, path: str, size: int, share: int, n_shares: int,
     rows = itertools.islice(
         enumerate(_rows(path, size, source.text_cut)), share + start * CHUNK * n_shares, None, n_shares
     )
-    for index in itertools.count(start):
-        batch = list(itertools.islice(rows, CHUNK))
-        if not batch:
-            return
-        yield Chunk(index, [_text_of(source, path, i, row) for i, row in batch])
+    while batch := list(itertools.islice(rows, CHUNK)):
+        yield [_text_of(source, path, i, row) for i, row in batch]
 
 
 def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
@@ -362,8 +349,7 @@ def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[
         starts = [int(ends[row - 1]) - begin if row else 0 for row in rows]
         stops = (ends[rows.start : rows.stop : n_shares] - begin).tolist()
         its_hashes = hashes[rows.start : rows.stop : n_shares].tolist()
-        documents = [Tokenized(block[a:b], h) for a, b, h in zip(starts, stops, its_hashes, strict=True)]
-        yield Chunk(chunk, documents)
+        yield [Tokenized(block[a:b], h) for a, b, h in zip(starts, stops, its_hashes, strict=True)]
 
 
 @functools.lru_cache

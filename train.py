@@ -17,7 +17,6 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from config import Config, load_config
@@ -73,12 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
             message, code = explain(error) or ("interrupted" if interrupted else repr(error), code)
             with contextlib.suppress(AttributeError):  # half imported
-                checkpoint.write_failure(run_folder(config), message, code)
+                checkpoint.write_failure(config.train.run_dir, message, code)
         raise
-
-
-def run_folder(config: Config) -> Path:
-    return Path(config.train.out_dir).expanduser() / config.train.run_name
 
 
 def train(config: Config) -> int:
@@ -154,7 +149,7 @@ def train(config: Config) -> int:
                 drop(sys.stdout)
 
     # ---- the run's folder, and the checkpoint to continue from ----------------------------
-    run_dir = run_folder(config)
+    run_dir = config.train.run_dir
     lock = open_run(run_dir) if is_main else None
     accelerator.wait_for_everyone()
     newest = newest_checkpoint(run_dir)

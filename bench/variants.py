@@ -211,11 +211,6 @@ def normuon(beta: float = 0.95) -> None:
     optim.orthogonalize_together = orthogonalize_together
 
 
-def muon_4_steps() -> None:
-    """Without the first of the five polynomials: directions under a hundredth of the largest stay small."""
-    optim._SAFE_POLYNOMIALS = optim._SAFE_POLYNOMIALS[1:]
-
-
 def torch_muon() -> None:
     """torch.optim.Muon in place of ours, on whole matrices, with the same update scale."""
 
@@ -300,16 +295,13 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
-    "muon-4-steps": muon_4_steps,
     "normuon": normuon,
     "torch-muon": torch_muon,
     "adamw-blocks": adamw_blocks,
     "short-rows-first": short_rows_first((100, 4)),
     "short-rows-first-200": short_rows_first((67, 4)),  # of 200 steps
     "short-rows-first-100": short_rows_first((33, 4)),  # of 100 steps
-    "shorter-rows-first": short_rows_first((100, 8)),
     "short-rows-half": short_rows_first((150, 4)),
-    "short-rows-two-thirds": short_rows_first((200, 4)),
     "rows-grow": short_rows_first((50, 8), (100, 4), (150, 2)),
     "batch-warmup": batch_warmup(50),
     "batch-warmup-100": batch_warmup(25),  # with --train.max_steps 125 the tokens of 100 steps

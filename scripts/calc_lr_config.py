@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from metrics import amount
     from model import GPT
-    from optim import lr_factor_at
+    from optim import build_optimizers, lr_factor_at
     from plan import run_length
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warmup = config.warmup_steps(world_size)
     config.check_length(total_steps, world_size)
     with torch.device("meta"):
-        n_parameters = GPT(config.model.resolved(config.data.n_vocab)).parameter_counts()["total"]
+        model = GPT(config.model.resolved(config.data.n_vocab))
+    n_parameters, optimizers = model.parameter_counts()["total"], build_optimizers(model, config.train)
     tokens, c = total_steps * config.tokens_per_step(world_size), config.train
     cooldown_from = math.ceil(total_steps * (1 - c.cooldown_fraction))
 
@@ -45,16 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"length      {total_steps:,} steps, {amount(tokens)} tokens, {tokens / n_parameters:,.1f} per parameter")
     if tokens_per_epoch:
         print(f"epochs      {tokens / tokens_per_epoch:.2f} of {amount(tokens_per_epoch)} tokens")
-    width = math.sqrt(768 / config.model.d_model)
-    rates = [("lr (block matrices)" if c.optimizer == "muon" else "lr (all weights)", c.lr)]
+    names = ["lr (all weights)"]
     if c.optimizer == "muon":
-        rates += [("embedding", c.embedding_lr * width), ("head and norms", c.head_lr * width)]
+        names = ["lr (block matrices)", "head and norms", "embedding"]  # the last not if it is the head's matrix
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     print(f"\n{'':<22}{'peak':>12}{'final':>12}")
-    for name, peak in rates:
-        print(f"{name:<22}{peak:>12.2e}{peak * c.final_lr_fraction:>12.2e}")
+    for name, group in zip(names, groups, strict=False):
+        print(f"{name:<22}{group['peak_lr']:>12.2e}{group['peak_lr'] * c.final_lr_fraction:>12.2e}")
 
     if c.optimizer == "muon":
-        print(f"(the last two: train.embedding_lr and head_lr x sqrt(768 / d_model) = {width:.2f})")
+        others = "head_lr" if config.model.tie_embeddings else "head_lr and embedding_lr"
+        width = math.sqrt(768 / config.model.d_model)
+        print(f"(behind the first: train.{others} x sqrt(768 / d_model) = {width:.2f})")
 
     print(f"\nwarm-up to step {warmup:,}, constant, from step {cooldown_from:,} linear to {c.final_lr_fraction:.0%}")
     factors = [lr_factor_at(i * (total_steps - 1) // (WIDTH - 1), total_steps, warmup, c) for i in range(WIDTH)]

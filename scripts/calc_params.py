@@ -107,7 +107,7 @@ def room_for_checkpoints(config: Config) -> str:
     from plan import most_checkpoints
 
     size = training_memory(config, 1).checkpoint
-    folder = (Path(config.train.out_dir).expanduser() / config.train.run_name).absolute()
+    folder = config.train.run_dir.absolute()
     unfinished = sum(file.stat().st_size for file in folder.glob(f"{PARTIAL}*/*"))  # of a killed save; is removed
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free + unfinished

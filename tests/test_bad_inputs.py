@@ -25,7 +25,6 @@ import checkpoint
 import evals
 import generate
 import runtime
-import train
 from checkpoint import (
     check_same_run,
     gather_tensors,
@@ -399,7 +398,7 @@ CASES: list[tuple[int, str, Call, int, str]] = [
     (35, "no room", save_without_room, 6, "could not be written"),
     (36, "read-only", open_without_permission, 6, "(Permission denied); choose another --train.out_dir"),
     (36, "a file", lambda g: open_run(g.step() / "state.json" / "run"), 6, "choose another --train.out_dir"),
-    (36, "nobody's home", lambda g: train.run_folder(load_config(["--train.out_dir", "~nosuchuser"], "", Config)), 2,
+    (36, "nobody's home", lambda g: load_config(["--train.out_dir", "~nosuchuser"], "", Config).train.run_dir, 2,
      "a path begins with ~ and a name that no user here has"),
     (36, "output is a folder", lambda g: evals.main([str(g.run), "--output", str(g.run)]), 2, "is not a file"),
     (38, "two runs", open_twice, 2, f"is in use by process {os.getpid()}; stop it or choose another --train.run_name"),

@@ -351,7 +351,7 @@ def test_end_of_text_written_in_a_document_is_ordinary_text(tmp_path: Path) -> N
 def pieces_of(*files: Path) -> list[list[str]]:
     """The documents of each file."""
     source = resolve_source("LOCAL", config_of(files[0].parent, *files))
-    pieces = [texts_in(t for c in read_chunks(source, i, 0, 1, 0) for t in c.documents) for i in range(len(files))]
+    pieces = [texts_in(t for c in read_chunks(source, i, 0, 1, 0) for t in c) for i in range(len(files))]
     assert sum(map(len, pieces)) == source.documents
     return pieces
 
@@ -436,12 +436,12 @@ def test_the_shares_of_one_file_are_all_its_rows_once_and_can_begin_at_any_chunk
     source = resolve_source("LOCAL", config_of(tmp_path, *files))
     for file in range(len(files)):
         shares = [list(read_chunks(source, file, share, n_shares, 0)) for share in range(n_shares)]
-        assert Counter(t for chunks in shares for chunk in chunks for t in chunk.documents) == Counter(texts)
+        assert Counter(t for chunks in shares for chunk in chunks for t in chunk) == Counter(texts)
         for share, chunks in enumerate(shares):
             for start in range(len(chunks) + 1):
                 again = list(read_chunks(source, file, share, n_shares, start))
                 assert again == chunks[start:]
-        lengths = [sum(len(chunk.documents) for chunk in chunks) for chunks in shares]
+        lengths = [sum(len(chunk) for chunk in chunks) for chunks in shares]
         if file < 2 or n_shares > 13:  # not dealt out by row groups
             assert max(lengths) - min(lengths) <= 1
 

@@ -142,6 +142,23 @@ def test_calc_lr_config_plans_the_missions_run_without_the_network(tmp_path: Pat
     assert_tables_fit(shown)
 
 
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        (["--preset", "demo"], {"lr (block matrices)": 0.03, "head and norms": 0.008 * 3**0.5, "embedding": 0.52}),
+        (["--preset", "gpt2"], {"lr (block matrices)": 0.02, "head and norms": 0.008}),  # its embedding is the head
+        (["--preset", "demo", "--train.optimizer", "adamw", "--train.lr", "1e-3"], {"lr (all weights)": 1e-3}),
+    ],
+)
+def test_calc_lr_config_shows_the_rates_that_the_run_will_have(
+    options: list[str], rates: dict[str, float], capsys: pytest.CaptureFixture[str]
+):
+    assert calc_lr_config.main(options) == 0
+    (table,) = re.findall(r"peak +final\n((?:.+ [\d.e+-]+\n)+)", capsys.readouterr().out)
+    shown = dict(re.findall(r"^(.+?) +([\d.e+-]+) ", table, re.MULTILINE))
+    assert {name: float(rate) for name, rate in shown.items()} == pytest.approx(rates, rel=1e-2)
+
+
 def test_calc_lr_config_counts_texts_of_ones_own_and_plans_for_many_devices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
