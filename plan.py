@@ -220,7 +220,8 @@ def check(config: Config, argv: Sequence[str]) -> int:
         raise ConfigError("--check rehearses one process; run it without the launcher: python train.py --check")
     device, c = default_device(), config.train
     for name in c.trackers:  # they are to show the run, not its rehearsal
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:  # None: of a folder of that name
             raise ConfigError(f"train.trackers has {name}, which is not installed: pip install {name}")
     _tick("device", f"{describe(device)} | {choose_precision(device, c.precision)}")
     why_not = why_not_compile(device) if c.compile else "off"
@@ -231,6 +232,9 @@ def check(config: Config, argv: Sequence[str]) -> int:
     remedy = "" if needed <= usable else "; --train.batch_size auto chooses what fits"
     counted = f"{needed / 2**30:.2f} GB counted for {rows} rows, {usable / 2**30:.1f} to use{remedy}"
     _tick("memory", counted, good=needed <= usable)
+
+    if c.trackers:
+        _tick("trackers", "installed; whether they start is seen in the run")
 
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "check")

@@ -70,7 +70,7 @@ def main() -> int:
             "context": context(), "parameters": model.parameter_counts()["total"], "rows": len(rows),
             best: whole[False], "int8": whole[True], "difference": [mean, error],
         }  # fmt: skip
-    publish(parser, file, results, but="checkpoints")
+        publish(parser, file, results, but="checkpoints")
     return 0
 
 

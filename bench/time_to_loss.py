@@ -121,6 +121,7 @@ def main() -> int:
                 print(f"  ours: {ours['bits_per_byte']:.4f} after {ours['seconds']:.0f} s and {steps} steps")
                 if reached := ours["bits_per_byte"] <= peer["bits_per_byte"]:
                     break
+            at = at if reached else 0
             ratio = arguments.seconds / ours["seconds"] if reached else None
             pairs.append({"seed": seed, "peer": peer, "ours": ours, "ratio": ratio})
             print(f"  {ratio:.1f} times as fast" if ratio else "  not reached in so many steps", flush=True)

@@ -191,10 +191,12 @@ def test_trackers_show_neither_a_plan_nor_a_check_but_have_to_be_installed(
     _, err = runs("shown", "--train.trackers", "wandb", code=1)
     assert "wandb is asked to show this" in err
     out, _ = runs("checked", "--check", "--train.trackers", "wandb")
+    assert "ok  trackers               installed; whether they start is seen in the run" in out
     assert "ready: " in out
     out, _ = runs("planned", "--plan", "--train.trackers", "wandb")
     assert "measured in" in out
     (tmp_path / "wandb.py").unlink()
+    (tmp_path / "wandb").mkdir()  # as wandb makes one beside its runs; no package
     _, err = runs("checked", "--check", "--train.trackers", "wandb", code=2)
     assert err == "error: train.trackers has wandb, which is not installed: pip install wandb\n"
 
