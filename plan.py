@@ -219,10 +219,6 @@ def check(config: Config, argv: Sequence[str]) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("--check rehearses one process; run it without the launcher: python train.py --check")
     device, c = default_device(), config.train
-    for name in c.trackers:  # they are to show the run, not its rehearsal
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:  # None: of a folder of that name
-            raise ConfigError(f"train.trackers has {name}, which is not installed: pip install {name}")
     _tick("device", f"{describe(device)} | {choose_precision(device, c.precision)}")
     why_not = why_not_compile(device) if c.compile else "off"
     _tick("compiler", f"not used: {why_not}" if why_not else "there is one", good=not (c.compile and why_not))
@@ -232,9 +228,11 @@ def check(config: Config, argv: Sequence[str]) -> int:
     remedy = "" if needed <= usable else "; --train.batch_size auto chooses what fits"
     counted = f"{needed / 2**30:.2f} GB counted for {rows} rows, {usable / 2**30:.1f} to use{remedy}"
     _tick("memory", counted, good=needed <= usable)
-
-    if c.trackers:
-        _tick("trackers", "installed; whether they start is seen in the run")
+    for name in c.trackers:  # they are to show the run, not its rehearsal
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:  # None: of a folder of that name
+            raise ConfigError(f"train.trackers has {name}, which is not installed: pip install {name}")
+        _tick("tracker", f"{name} is installed; whether it starts is seen in the run")
 
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "check")

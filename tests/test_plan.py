@@ -191,7 +191,7 @@ def test_trackers_show_neither_a_plan_nor_a_check_but_have_to_be_installed(
     _, err = runs("shown", "--train.trackers", "wandb", code=1)
     assert "wandb is asked to show this" in err
     out, _ = runs("checked", "--check", "--train.trackers", "wandb")
-    assert "ok  trackers               installed; whether they start is seen in the run" in out
+    assert "ok  tracker                wandb is installed; whether it starts is seen in the run" in out
     assert "ready: " in out
     out, _ = runs("planned", "--plan", "--train.trackers", "wandb")
     assert "measured in" in out
