@@ -3,9 +3,10 @@
 One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
 transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
 turns in one process, with the best matrix product of the machine measured in between. Memory is the highest
-resident size of a process of its own, less what it had before the model was built. For all, malloc keeps what is
-freed, as in train.py. A processor without instructions for bf16, where it would take a hundred times as long, has all
-of them in fp32.
+resident size of a process of its own, less what it had before the model was built, after three steps; and the same for
+4 rows x 1,024 tokens at GPT-2's size, 12 layers x 768 with 50,304 tied entries. For all, malloc keeps what is freed, as
+in train.py. A processor without instructions for bf16, where it would take a hundred times as long, has all of them in
+fp32.
 With the default settings it writes results/bench/train_speed.json, or train_speed_fp32.json for such a processor.
 """
 
@@ -21,13 +22,38 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from config import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
 
-WIDTH, LAYERS, HEADS, LENGTH, VOCABULARY, ROWS = 384, 6, 6, 256, 4096, 16
+
+class Shape(NamedTuple):
+    """Of the model, and of its micro-batch."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    max_length: int
+    n_vocab: int
+    rows: int
+    tied: bool  # ours; GPT-2 always is
+
+    def ours(self) -> GPTConfig:
+        from config import GPTConfig
+
+        config = GPTConfig(
+            d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, max_length=self.max_length,
+            tie_embeddings=self.tied,
+        )  # fmt: skip
+        return config.resolved(self.n_vocab)
+
+
+SHAPES = {"small": Shape(384, 6, 6, 256, 4096, 16, tied=False), "gpt2": Shape(768, 12, 12, 1024, 50304, 4, tied=True)}
 
 
 def contenders() -> list[str]:
@@ -43,26 +69,25 @@ def best_format() -> str:
     return choose_precision(torch.device("cpu"), "auto")
 
 
-def build(name: str, width: int = WIDTH) -> tuple[Callable[[], None], Callable[[], None]]:
+def build(name: str, shape: Shape) -> tuple[Callable[[], None], Callable[[], None]]:
     """(forward and backward, the optimizer's step) of a contender, on the same random rows."""
     import torch
 
     from bench.peers import MeanLoss, adamw, gpt2
-    from config import GPTConfig, TrainingConfig
+    from config import TrainingConfig
     from hardware import compile_for_training
     from model import GPT
     from optim import build_optimizers
 
     torch.manual_seed(0)
-    x, y = torch.randint(0, VOCABULARY, (2, ROWS, LENGTH))
+    x, y = torch.randint(0, shape.n_vocab, (2, shape.rows, shape.max_length))
     if name == "ours":
-        shape = GPTConfig(d_model=width, n_layers=LAYERS, n_heads=HEADS, max_length=LENGTH, vocab_size=VOCABULARY)
-        model = GPT(shape.resolved(VOCABULARY))
+        model = GPT(shape.ours())
         optimizers = build_optimizers(model, TrainingConfig())
         trained = compile_for_training(model, model.device)
         scale = 1 / y.numel()
     else:
-        peer = MeanLoss(gpt2(width, LAYERS, HEADS, LENGTH, VOCABULARY))
+        peer = MeanLoss(gpt2(*shape[:5]))
         optimizers = [adamw(peer, 1e-3)]
         trained, scale = torch.compile(peer) if "compiled" in name else peer, 1.0
 
@@ -81,15 +106,16 @@ def build(name: str, width: int = WIDTH) -> tuple[Callable[[], None], Callable[[
     return forward_backward, update
 
 
-def peak_memory(name: str) -> float:
+def peak_memory(name: str, shape: Shape) -> float:
     """MB that three steps of a contender need at most, beyond what the imports take."""
     if name == "ours":
         import model  # noqa: F401
     else:
         import transformers  # noqa: F401
-    build(name, 2 * HEADS)  # what is imported on the way counts as before; small, as what is freed is kept
+    # What is imported on the way counts as before; small, as what is freed is kept.
+    build(name, shape._replace(d_model=2 * shape.n_heads))
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    forward_backward, update = build(name)
+    forward_backward, update = build(name, shape)
     for _ in range(3):
         forward_backward()
         update()
@@ -103,30 +129,31 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=positive, default=11)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # a contender and a shape
     arguments = parser.parse_args()
     keep_freed_memory()
     if arguments.memory:
-        assert arguments.memory in contenders()
-        print(peak_memory(arguments.memory))
+        name, of = arguments.memory
+        assert name in contenders()
+        print(peak_memory(name, SHAPES[of]))
         return 0
 
     import torch
 
     from bench.peers import gemm_peak
-    from config import GPTConfig
     from hardware import best_dtype
     from model import GPT
 
     need(PEER)
     best = best_format()
-    built = {name: build(name) for name in contenders()}
+    small = SHAPES["small"]
+    built = {name: build(name, small) for name in contenders()}
     for forward_backward, update in built.values():
         for _ in range(3):  # compiles, and warms up
             forward_backward()
             update()
-    shape = GPTConfig(d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_length=LENGTH, vocab_size=VOCABULARY)
-    flops = GPT(shape.resolved(VOCABULARY)).flops_per_token(LENGTH) * ROWS * LENGTH
+    tokens = small.rows * small.max_length
+    flops = GPT(small.ours()).flops_per_token() * tokens
 
     peaks: list[float] = []
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
@@ -145,22 +172,26 @@ def main() -> int:
 
     results: dict[str, Any] = {"context": context(), "gemm peak GFLOP/s": round(peak / 1e9), "our FLOPs a step": flops}
     print(f"{best} matrix product: {peak / 1e9:,.0f} GFLOP/s; a step of ours: {flops / 1e9:,.0f} GFLOP\n")
-    print(f"{'':<20}{'fwd+bwd ms':>11}{'step ms':>9}{'tok/s':>8}{'vs ours':>9}{'memory MB':>11}   of the peak")
+    columns = f"{'fwd+bwd ms':>11}{'step ms':>9}{'tok/s':>8}{'vs ours':>9}{'memory MB':>11}{'at GPT-2':>10}"
+    print(f"{'':<20}{columns}  of the peak")
     ours = statistics.median(s for _, s in seconds["ours"])
     for name in built:
         fb, step = (statistics.median(column) for column in zip(*seconds[name], strict=True))
-        command = [sys.executable, __file__, "--memory", name]
-        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        memory = {}
+        for of in SHAPES:
+            command = [sys.executable, __file__, "--memory", name, of]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            memory[of] = round(float(done.stdout.split()[-1]))
         share = f"{flops / fb / peak:.1%} fwd+bwd, {flops / step / peak:.1%} step" if name == "ours" else ""
         print(
-            f"{name:<20}{fb * 1e3:>11.0f}{step * 1e3:>9.0f}{ROWS * LENGTH / step:>8,.0f}{ours / step:>8.2f}x"
-            f"{memory:>11,.0f}   {share}"
+            f"{name:<20}{fb * 1e3:>11.0f}{step * 1e3:>9.0f}{tokens / step:>8,.0f}{ours / step:>8.2f}x"
+            f"{memory['small']:>11,}{memory['gpt2']:>10,}  {share}"
         )
         results[name] = {
             "forward and backward ms": [round(fb * 1e3, 1) for fb, _ in seconds[name]],
             "step ms": [round(step * 1e3, 1) for _, step in seconds[name]],
-            "tokens/s": round(ROWS * LENGTH / step), "speed as a share of ours": round(ours / step, 3),
-            "peak memory MB": round(memory),
+            "tokens/s": round(tokens / step), "speed as a share of ours": round(ours / step, 3),
+            "peak memory MB": memory["small"], "peak memory MB at GPT-2's size": memory["gpt2"],
         }  # fmt: skip
         if name == "ours":
             results[name] |= {"of the peak": {"forward and backward": flops / fb / peak, "step": flops / step / peak}}
