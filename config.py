@@ -40,7 +40,8 @@ class Dataset:
     name      hub: the configuration ("sample-10BT"); the training split is used
     revision  hub: a commit, tag or branch (None: the newest commit)
     documents, tokens_per_document
-              hub: about how many, to plan a run's length without reading all of it (0: not known)
+              hub: about how many, and in GPT-2's tokens, to plan a run's length without reading all of it (0: not
+              known)
     licence   of its text, for the card of a model that was trained on it
     """
 
@@ -243,6 +244,7 @@ class TrainingConfig:
         for name in ("cooldown_fraction", "final_lr_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"train.{name} is {value}; use a share between 0 and 1")
+        _require(self.hang_minutes <= 1e6, f"train.hang_minutes is {self.hang_minutes}; use at most 1e6, or 0: never")
         _require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; use a number from 0 to 4294967295")
         for name in self.trackers:
             _require(name in TRACKERS, f"train.trackers has no {name!r}; {_suggest(name, TRACKERS)}")

@@ -67,8 +67,8 @@ class ConfigOrSplitMissing(DataError):
 Files = dict[str, tuple[int, str]]  # path -> bytes, git's hash of the content
 
 
-def find_files(repository: str, name: str, revision: str | None, split: str = "train") -> tuple[str, Files]:
-    """The commit that a revision (None: the newest) is now, and the files of a configuration's split.
+def find_files(repository: str, name: str, revision: str | None) -> tuple[str, Files]:
+    """The commit that a revision (None: the newest) is now, and the files of a configuration's training split.
 
     Two small questions, answered or refused within 15 seconds. Raises the DataErrors above.
     """
@@ -78,7 +78,7 @@ def find_files(repository: str, name: str, revision: str | None, split: str = "t
         info = api.dataset_info(repository, revision=revision, expand=["sha", "cardData"], timeout=PREFLIGHT_SECONDS)
         card = info.card_data.to_dict() if info.card_data else {}
         files: Files = {}
-        for pattern in _patterns(repository, name, split, card.get("configs") or []):
+        for pattern in _patterns(repository, name, card.get("configs") or []):
             folder = posixpath.dirname(re.split(r"[*?\[]", pattern)[0])
             matches = re.compile(fsspec.utils.glob_translate(pattern)).fullmatch
             deep = "**" in pattern or "/" in pattern[len(folder) :].strip("/")
@@ -97,10 +97,10 @@ def find_files(repository: str, name: str, revision: str | None, split: str = "t
         raise as_data_error(error, repository) from None
 
 
-def _patterns(repository: str, name: str, split: str, configs: list[dict[str, Any]]) -> list[str]:
-    """The globs of a configuration's split, from the `configs` of the dataset's card."""
+def _patterns(repository: str, name: str, configs: list[dict[str, Any]]) -> list[str]:
+    """The globs of a configuration's training split, from the `configs` of the dataset's card."""
     if not configs and name == "default":
-        return [f"data/{split}-*"]  # how the hub lays out a dataset that says nothing
+        return ["data/train-*"]  # how the hub lays out a dataset that says nothing
     for config in configs:
         if config.get("config_name", "default") == name:
             files = config.get("data_files", [])
@@ -109,9 +109,9 @@ def _patterns(repository: str, name: str, split: str, configs: list[dict[str, An
             elif isinstance(files, str) or (files and isinstance(files[0], str)):  # all of it is for training
                 files = [{"split": "train", "path": files}]
             paths = {entry["split"]: entry["path"] for entry in files}
-            if split not in paths:
-                raise ConfigOrSplitMissing(f"{repository} {name} has no split {split}, only {', '.join(paths)}")
-            path = paths[split]
+            if "train" not in paths:
+                raise ConfigOrSplitMissing(f"{repository} {name} has no split train, only {', '.join(paths)}")
+            path = paths["train"]
             return [path] if isinstance(path, str) else list(path)
     known = ", ".join(c.get("config_name", "default") for c in configs) or "default"
     raise ConfigOrSplitMissing(f"{repository} has no configuration {name!r}; it has {known}")

@@ -25,7 +25,8 @@ from hardware import MEMORY_GB, PEAK_TFLOPS, WITHOUT_BF16, choose_precision, def
 from memory import SHARE_TO_FILL, fitting_batch_size, training_memory, usable_memory
 from metrics import amount, duration, read_metrics
 from model import GPT
-from prepare_data import DatasetPrep, planned_tokens, too_often
+from prepare_data import DatasetPrep, passes_over, planned_tokens, too_often
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
 MEASURED_STEPS = 6  # of which the first, which compiles, counts apart
@@ -42,11 +43,20 @@ class Speed:
     source: str
 
 
-def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: float, run: Callable) -> int:
+def plan(
+    config: Config,
+    world_size: int,
+    gpu: str,
+    mfu: float,
+    price_per_hour: float,
+    run: Callable,
+    tokenizer: Tokenizer | None = None,
+) -> int:
     """Print parameters, memory, disk, passes over the data, time and price, and warn of what usually goes wrong.
 
     gpu: one of CARDS that is not here: time follows from its peak and the assumed mfu. Otherwise a few steps are
     trained by run(config), which is train.py's, in a folder that is removed again.
+    tokenizer: of the weights that the run begins with, in place of the one that config names.
     """
     if gpu and gpu not in PEAK_TFLOPS:
         raise ConfigError(f"there is no GPU {gpu!r} in the table; choose from {', '.join(PEAK_TFLOPS)}")
@@ -58,7 +68,7 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     if gpu and config.train.precision == "auto":  # which means fp16 on some, and takes as much
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
     c = config.train
-    total_steps, per_epoch = run_length(config, world_size)
+    total_steps, per_epoch = run_length(config, world_size, tokenizer)
     config.check_length(total_steps, world_size)
     tokens = total_steps * config.tokens_per_step(world_size)
     with torch.device("meta"):
@@ -68,7 +78,8 @@ def plan(config: Config, world_size: int, gpu: str, mfu: float, price_per_hour: 
     checkpoint = training_memory(config, 1).checkpoint  # whole also where FSDP divides what it holds
     disk = Path(c.out_dir).expanduser()
     free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free
-    passes = {name: tokens * share / n for name, (n, share) in per_epoch.items() if n}
+    epochs = None if c.max_steps else c.epochs
+    passes = passes_over(per_epoch, config.data.dataset_probabilities, tokens, epochs)
 
     if gpu:  # GB of 10^9 bytes, as the makers': of a T4's 16, CUDA shows 15.7
         usable = int(SHARE_TO_FILL["cuda"] * MEMORY_GB[gpu] * 1e9)
@@ -128,24 +139,24 @@ def most_checkpoints(config: Config, total_steps: int) -> int:
     return c.keep_checkpoints + 2 + (total_steps // c.keep_every if c.keep_every else 0)
 
 
-def run_length(config: Config, world_size: int) -> tuple[int, dict[str, tuple[int, float]]]:
-    """Optimizer steps of the run; and of each dataset its training tokens per epoch (0: not known) and its share.
+def run_length(config: Config, world_size: int, tokenizer: Tokenizer | None = None) -> tuple[int, dict[str, int]]:
+    """Optimizer steps of the run; and of each dataset its training tokens per epoch, 0 if that is not known.
 
-    Like train.py: max_steps, or else the epochs over all datasets. Local datasets are read for that; those of the
-    hub are planned from their descriptions.
+    Like train.py: max_steps, or else the epochs over all datasets. Local datasets, and shards, are read for that; those
+    of the hub are planned from their descriptions, but for a tokenizer of one's own.
     """
-    described = {name: DATASETS[name] for name in config.data.current_datasets}
+    c = config.data
+    described = {name: DATASETS[name] for name in c.current_datasets}
     sizes = dict.fromkeys(described, 0)
-    if all(d.documents and d.tokens_per_document for d in described.values()):
+    counted = all(d.documents and d.tokens_per_document for d in described.values())
+    if counted and not c.shards_dir and (c.tokenizer != "bpe" or config.train.max_steps):
         for n, d in described.items():
-            sizes[n] = planned_tokens(n, config.data, d.documents, d.tokens_per_document)
-    elif not (any(d.kind == "hub" for d in described.values()) and config.train.max_steps):
-        data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step(world_size))
-        sizes = data.tokens_per_epoch()
+            sizes[n] = planned_tokens(n, c, d.documents, d.tokens_per_document)
+    elif c.shards_dir or not (any(d.kind == "hub" for d in described.values()) and config.train.max_steps):
+        rows = config.rows_per_step(world_size)
+        sizes = DatasetPrep(c, config.model.max_length, rows, tokenizer=tokenizer).tokens_per_epoch()
     per_step = config.tokens_per_step(world_size)
-    steps = config.train.max_steps or math.ceil(sum(sizes.values()) * config.train.epochs / per_step)
-    shares = config.data.dataset_probabilities
-    return steps, {name: (sizes[name], share) for name, share in zip(described, shares, strict=True)}
+    return config.train.max_steps or math.ceil(sum(sizes.values()) * config.train.epochs / per_step), sizes
 
 
 def _assumed(gpu: str, mfu: float, flops: int, config: Config, world_size: int) -> Speed:
@@ -159,17 +170,17 @@ def _measured(config: Config, run: Callable) -> Speed | None:
     """Train for a few steps, as the run would, and remove all that is left. None but in the first process."""
     c = config.train
     launch = os.environ.get("MASTER_PORT", os.getpid())  # the same in all processes of this plan, and no other's
-    folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan-{launch}"
+    folder = Path(c.out_dir).expanduser() / f"{PARTIAL}plan-{launch}"  # its run is inside: a run's name has no dot
     few = dataclasses.replace(
-        c, max_steps=MEASURED_STEPS, warmup_tokens=0, eval_every=10**9, save_every=10**9, log_every=1,
-        out_dir=str(folder.parent), run_name=folder.name, trackers=(),
+        c, max_steps=MEASURED_STEPS, warmup_tokens=0, eval_every=10**9, save_every=10**9, save_minutes=0.0, log_every=1,
+        out_dir=str(folder), run_name="plan", trackers=(),
     )  # fmt: skip
     is_main = os.environ.get("RANK", "0") == "0"
     print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             code = run(dataclasses.replace(config, train=few, resume=False, restart_data=False))
-        records = read_metrics(folder / "metrics.jsonl")
+        records = read_metrics(few.run_dir / "metrics.jsonl")
     finally:
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,8 @@ Shapes: T context length; a row is T inputs and, one further on, T targets.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,6 +29,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,6 +310,12 @@ class DatasetPrep:
                 f"use the data and settings of the saved run, start a new one with another --train.run_name, or "
                 f"continue with --restart_data"
             )
+        begun = 1 + max(saved[0] for v in self._streams for saved in state["streams"][str(v)])
+        if self._epochs is not None and begun > self._epochs:
+            raise StateMismatch(
+                f"the run is in pass {begun} over its documents already; use --train.epochs {begun} or more, or "
+                f"--train.max_steps"
+            )
         for v, stream in self._streams.items():
             for source, saved in zip(stream.sources, state["streams"][str(v)], strict=True):
                 source.load_state(saved)
@@ -428,18 +437,40 @@ class DatasetPrep:
     def tokens_per_epoch(self, sample: int = 500) -> dict[str, int]:
         """About how many training tokens each source gives per epoch: its documents x their mean length.
 
-        The length is that of the dataset's description, or else of a sample. Raises ConfigError when the
+        The length is that of shards, of the dataset's description, or else of a sample. Raises ConfigError when the
         documents are unknown and data.max_samples is 0.
         """
         tokens = {}
         for source in self.sources:
             length: float = DATASETS[source.name].tokens_per_document
-            if not length:
-                stream = DocumentStream(source, self.config, stream=0, n_streams=1, epochs=1)
-                documents = itertools.islice(stream, sample)
-                length = float(np.mean([len(self.encode(document)) for document in documents]))
+            if source.tokens:
+                length = source.tokens / source.documents
+            elif not length or self.config.tokenizer == "bpe":  # descriptions are in GPT-2's tokens
+                length = self._mean_length(source, sample)
             tokens[source.name] = planned_tokens(source.name, self.config, source.documents, length)
         return tokens
+
+    def _mean_length(self, source: Source, sample: int) -> float:
+        """Mean tokens of a record, by a sample of each file, as files differ; of 20, in which records spread evenly
+        over all are, if there are more."""
+
+        def mean(of: Source, n: int) -> float:
+            documents = DocumentStream(of, self.config, stream=0, n_streams=1, epochs=1, held_out=None)
+            lengths = [len(self.encode(document)) for document in itertools.islice(documents, n)]
+            return sum(lengths) / (len(lengths) + documents.n_empty)
+
+        if not source.in_files:
+            return mean(source, sample)
+        weights = dict(enumerate(source.in_files))
+        if len(weights) > 20:
+            spread = (np.arange(20) + 0.5) / 20 * sum(source.in_files)
+            weights = Counter(np.searchsorted(np.cumsum(source.in_files), spread, side="right").tolist())
+        total = 0.0
+        for i, weight in weights.items():
+            its = dataclasses.replace(source, files=(source.files[i],), sizes=(source.sizes[i],))
+            with contextlib.suppress(EmptyStream):  # of records without text
+                total += weight * mean(its, sample)
+        return total / sum(weights.values()) or mean(source, sample)
 
     def _packed(self, source: Source, stream: int) -> PackedSource:
         documents = DocumentStream(source, self.config, stream, self.config.n_streams, self._epochs)
@@ -456,6 +487,15 @@ def planned_tokens(name: str, config: DataConfig, documents: int, tokens_per_doc
     if documents == sys.maxsize:
         raise ConfigError(f"how many documents {name} has is unknown: set --train.max_steps, or --data.max_samples")
     return int(documents * tokens_per_document * (1 - config.val_fraction))
+
+
+def passes_over(sizes: dict[str, int], shares: Sequence[float], tokens: int, epochs: int | None) -> dict[str, float]:
+    """How often a run of so many tokens reads each dataset whose tokens per epoch are known (not 0).
+
+    In a run by epochs each is read as often: one that is used up before the others drops out.
+    """
+    shares_of = zip(sizes.items(), shares, strict=True)
+    return {name: epochs or tokens * share / size for (name, size), share in shares_of if size}
 
 
 def too_often(passes: dict[str, float]) -> list[str]:
@@ -512,6 +552,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Show the sources, the mix and a few rows as the model will see them, and how fast they come; or write shards."""
     description = "Preview the training data: sources, speed, realised mix, decoded rows. Or write it as shards."
     config = load_config(argv, description + RUNS_OPTIONS, PrepareConfig)
+    if not config.write_shards:
+        config.check_layout(1)
     data = DatasetPrep(config.data, config.model.max_length, config.rows_per_step())
     tokenizer = data.tokenizer
     print(f"tokenizer {tokenizer.name}, {tokenizer.n_vocab} entries, end-of-text is {tokenizer.eot_id}\n")

@@ -35,7 +35,7 @@ from files import write_json
 from hardware import AUTOCAST_DTYPES
 from metrics import Score, read_metrics, rows_to_score, score_rows, without_nan
 from model import GPT
-from prepare_data import Batch, DatasetPrep, too_often
+from prepare_data import Batch, DatasetPrep, passes_over, too_often
 
 
 def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
@@ -233,14 +233,13 @@ def name_suspects(
     return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {path})"
 
 
-def often_repeated(data: DatasetPrep, tokens: int) -> list[str]:
+def often_repeated(data: DatasetPrep, tokens: int, epochs: int | None) -> list[str]:
     """too_often of a run of so many tokens, as far as the sizes of its datasets are known."""
     try:
         sizes = data.tokens_per_epoch(sample=50)
     except ConfigError:
         return []
-    shares = zip(data.config.current_datasets, data.config.dataset_probabilities, strict=True)
-    return too_often({name: tokens * share / max(1, sizes[name]) for name, share in shares})
+    return too_often(passes_over(sizes, data.config.dataset_probabilities, tokens, epochs))
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

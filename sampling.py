@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config import GenerationConfig
-from decoding import Decode, decode_step
+from decoding import Decode, decode_step, format_of
 from errors import UserError
 from model import GPT, KVCache
 from tokenizer import Tokenizer
@@ -99,8 +99,7 @@ def generate_ids(
     generator = torch.Generator(device).manual_seed(config.seed)
     ids = torch.tensor([prompt], device=device).expand(config.num_samples, -1)  # (B, n)
     ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embedding.weight.dtype
+    dtype = format_of(model)
     without_text = torch.from_numpy(tokenizer.token_byte_length == 0)  # holes, other special ids
     without_text[tokenizer.eot_id] = False
     silent = without_text.nonzero()[:, 0].to(device)

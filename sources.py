@@ -61,6 +61,8 @@ class Source:
     files       local paths, or "hf://datasets/<repository>@<commit>/<path>", sorted
     sizes       their bytes
     documents   how many there are, about; 0: unknown
+    in_files    and in each file; empty if that is not known
+    tokens      of shards, in all; 0: not known
     identity    equal for equal content: compared when a run is resumed
     text_cut    a .txt file of more bytes than the first is cut into documents of about the second
     hash_range  the lowest and the highest hash of a small source's documents: with its text alone to decide, all
@@ -75,6 +77,8 @@ class Source:
     identity: str
     text_cut: tuple[int, int] = TEXT_CUT
     hash_range: tuple[int, int] = ALL_HASHES
+    in_files: tuple[int, ...] = ()
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +116,11 @@ def resolve_source(name: str, config: DataConfig) -> Source:
     sizes = tuple(Path(f).stat().st_size for f in files)
     text_sizes = [size for f, size in zip(files, sizes, strict=True) if f.endswith(".txt")]
     cut = _text_cut(text_sizes) if is_local else TEXT_CUT
-    documents = _count_documents(files, cut)
+    in_files = _count_documents(files, cut)
     # Names and contents, not whole paths: the same run may go on on another machine.
     content = [Path(f).name for f in files], [_content(f) for f in files], text_field
     identity = digest(*content) if cut == TEXT_CUT else digest(*content, cut)
-    source = Source(name, tuple(files), sizes, text_field, documents, identity, cut)
+    source = Source(name, tuple(files), sizes, text_field, sum(in_files), identity, cut, in_files=in_files)
     if is_local and source.documents < FEW_DOCUMENTS:
         return dataclasses.replace(source, hash_range=_hash_range(source))
     return source
@@ -173,8 +177,9 @@ def _resolve_shards(name: str, folder: Path) -> Source:
             f"{folder.parent} again, with the same options, to finish them"
         )
     sizes = tuple(Path(f).stat().st_size for f in files)
+    tokens = sum(int(_shard_index(f)["end"][-1]) for f in files)
     documents = sum(len(_shard_index(f)) for f in files)
-    source = Source(name, tuple(files), sizes, "", documents, digest(settings, sizes))
+    source = Source(name, tuple(files), sizes, "", documents, digest(settings, sizes), tokens=tokens)
     if DATASETS[name].kind == "local" and documents < FEW_DOCUMENTS:
         hashes = np.concatenate([_shard_index(f)["hash"] for f in files])
         return dataclasses.replace(source, hash_range=(int(hashes.min()), int(hashes.max())))
@@ -237,19 +242,19 @@ def _content(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _count_documents(files: list[str], text_cut: tuple[int, int]) -> int:
-    """Documents of local files, counted: parquet from its footer, the others by reading."""
-    total = 0
+def _count_documents(files: list[str], text_cut: tuple[int, int]) -> tuple[int, ...]:
+    """Documents of local files, counted in each: parquet from its footer, the others by reading."""
+    counts = []
     for path in files:
         size = Path(path).stat().st_size
         try:
             if path.endswith(".parquet"):
-                total += _parquet_footer(path, size).num_rows
+                counts.append(_parquet_footer(path, size).num_rows)
             else:
-                total += sum(1 for _ in _rows(path, size, text_cut))
+                counts.append(sum(1 for _ in _rows(path, size, text_cut)))
         except (OSError, EOFError, zlib.error) as error:
             raise CorruptRecord(f"{path} cannot be read, or is truncated: {error}") from None
-    return total
+    return tuple(counts)
 
 
 # --------------------------------------------------------------------------------------
@@ -304,7 +309,13 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
                     if type(error) is not OSError and isinstance(error, OSError):
                         raise  # of the network or the disk; Arrow's own are plain
                     raise CorruptRecord(f"{path}, row group {group}, cannot be decoded: {error}") from None
-                texts = [_checked(text, path, f"row group {group}") for text in table.column(0).to_pylist()]
+                try:
+                    column = table.column(0).to_pylist()
+                except UnicodeDecodeError as error:  # Arrow does not look when it reads
+                    raise CorruptRecord(
+                        f"{path}, row group {group}, has a text that is not UTF-8 ({error}); mend or remove it"
+                    ) from None
+                texts = [_checked(text, path, f"row group {group}") for text in column]
                 yield texts if by_group else texts[(share - first_row) % n_shares :: n_shares]
             first_row += footer.row_group(group).num_rows
 

@@ -173,6 +173,8 @@ print_plan() {
 # calc_params OPTION...: of the run's settings, checked for as many processes as the run's. Ends this script with it.
 calc_params() {
   local options=(${train_options[@]+"${train_options[@]}"})
+  # A run that goes on keeps its rows a step, whatever this hardware would give a new one; train.py checks the rest.
+  if compgen -G "$out_dir/${run_name:-${preset:-fineweb}}/step-*" >/dev/null; then options+=(--resume); fi
   if [[ " ${options[*]-}" != *" --preset"* ]]; then
     options=(--preset "${preset:-fineweb}" ${options[@]+"${options[@]}"})
   fi

@@ -52,15 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan or options.check:
         import plan
 
+        tokenizer = None
         if config.init_from:
             from checkpoint import load_model
             from runtime import like
 
-            config = like(config, load_model(config.init_from)[2])
+            _, tokenizer, parents_config, _ = load_model(config.init_from)
+            config = like(config, parents_config)
         if options.check:
             return plan.check(config, [word for word in (sys.argv[1:] if argv is None else argv) if word != "--check"])
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train)
+        return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train, tokenizer)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -258,7 +260,7 @@ def train(config: Config) -> int:
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")
-    for warning in often_repeated(data, total_steps * tokens_per_step):
+    for warning in often_repeated(data, total_steps * tokens_per_step, epochs):
         say(f"          {warning}")
     say(
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     total_steps, per_epoch = run_length(config, world_size)
-    tokens_per_epoch = sum(n for n, _ in per_epoch.values())
+    tokens_per_epoch = sum(per_epoch.values())
     warmup = config.warmup_steps(world_size)
     config.check_length(total_steps, world_size)
     with torch.device("meta"):

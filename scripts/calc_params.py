@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from memory import computes_in_16_bits, training_memory
     from metrics import amount
     from model import GPT
-    from plan import most_checkpoints
 
     with torch.device("meta"):
         model = GPT(config.model.resolved(config.data.n_vocab))
@@ -59,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"memory to train (weights, gradients and optimizer state in fp32; activations in {activations}):")
     if not in_16_bits and config.train.precision == "auto":
         print("  (as this machine computes, without bf16; --train.precision bf16 counts as on a GPU)")
-    memory = training_memory(config, config.train.batch_size)
+    devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
+    memory = training_memory(config, config.train.batch_size, devices)
     parts = {
         "weights": memory.weights, "gradients": memory.gradients,
         f"optimizer ({config.train.optimizer})": memory.optimizer,
@@ -73,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
 
     print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
-    print(f"and at most {most_checkpoints(config, config.train.max_steps)} of them on the disk\n")
+    print(f"and at most {most_checkpoints_of(config)} of them on the disk\n")
     if config.train.max_steps:
-        devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
         tokens = config.train.max_steps * config.tokens_per_step(devices)
         print(f"this run: {amount(tokens)} tokens on {devices} device{'s' * (devices > 1)}, ", end="")
         print(f"{tokens / total:.1f} per parameter\n")
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.device("meta"):
             size = GPT(row.resolved(config.data.n_vocab))
         n, flops = size.parameter_counts()["total"], size.flops_per_token()
-        its = training_memory(dataclasses.replace(config, model=row), config.train.batch_size)
+        its = training_memory(dataclasses.replace(config, model=row), config.train.batch_size, devices)
         gigabytes = its.total / 2**30
         mark = "  <- yours" if row == config.model else ""
         print(
@@ -99,12 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def most_checkpoints_of(config: Config) -> int:
+    """At a time on the disk. The length of a run by epochs is planned if it matters: then its data may be read."""
+    from plan import most_checkpoints, run_length
+
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return most_checkpoints(config, run_length(config, devices)[0] if config.train.keep_every else 0)
+
+
 def room_for_checkpoints(config: Config) -> str:
     """A line that says how much the run's checkpoints take and where. Raises DiskError when there is less room."""
     from checkpoint import DiskError, list_checkpoints
     from files import PARTIAL
     from memory import training_memory
-    from plan import most_checkpoints
 
     size = training_memory(config, 1).checkpoint
     folder = config.train.run_dir.absolute()
@@ -112,7 +118,7 @@ def room_for_checkpoints(config: Config) -> str:
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free + unfinished
     # At the end one makes way for the next.
-    missing = max(1, most_checkpoints(config, config.train.max_steps) - len(list_checkpoints(folder)))
+    missing = max(1, most_checkpoints_of(config) - len(list_checkpoints(folder)))
     line = f"checkpoints of {size / 2**30:.2f} GB in {folder}: {missing * size / 2**30:.2f} GB for {missing} more"
     if free < missing * size:
         raise DiskError(

@@ -206,6 +206,7 @@ explain() {
   case "$1 $text" in
     *"IDENTIFICATION HAS CHANGED"*) problem="$at has another host key than before; if you have rented another box there, remove .sync.known_hosts; if not, do not connect" ;;
     *"UNPROTECTED PRIVATE KEY"*) problem="ssh refuses a key that others can read: chmod 600 ${SSH_KEY:-the key}" ;;
+    *"Permission denied (13)"*) text=${text%%" (13)"*} problem="a file cannot be read or written: ${text##*$'\n'}" ;;
     *": Permission denied ("*) problem="$at knows no key of yours for $REMOTE_USER; set SSH_KEY to the private half of one that it has (if it has a passphrase: ssh-add it first)" ;;
     *"Could not resolve"*) problem="no machine is called $REMOTE_HOST; check REMOTE_HOST, and your own connection" ;;
     *"is your shell clean"*) problem="the box prints text at each login, which breaks rsync; there: touch ~/.no_auto_tmux, and no echo in ~/.bashrc" ;;

@@ -63,7 +63,7 @@ class Run:
     label: str
     settings: dict[str, str]  # "train.lr" -> "0.02"
     status: dict[str, Any]
-    last: dict[str, Any]  # record of training, or else of validation
+    last: dict[str, Any]  # record of training or validation
     scores: dict[str, Any]  # the last held-out ones, of all datasets together
     starts: Records
     checkpoints: Records
@@ -151,6 +151,7 @@ def load_run(folder: Path, label: str) -> Run:
     if len(kept) < len(samples):
         notes.append(f"{len(kept)} of {len(samples):,} samples are shown, evenly spaced.")
 
+    last = [r for r in records if r.get("kind") in ("train", "validation")][-1]
     checkpoints = [c for file in sorted(folder.glob("step-*/manifest.json")) if (c := read_json(file))]
     known, saved = train if steps else held["all"], [c["step"] for c in checkpoints]
     marks = {
@@ -160,7 +161,7 @@ def load_run(folder: Path, label: str) -> Run:
         "loss that is not finite": positions(broken, began),
     }
     return Run(
-        label, flat(read_json(folder / "config.json")), read_json(folder / "status.json"), (validations + steps)[-1],
+        label, flat(read_json(folder / "config.json")), read_json(folder / "status.json"), last,
         validations[-1]["datasets"]["all"] if validations else {}, starts, checkpoints,
         {file.name: read_json(file) for file in sorted(folder.glob("eval*.json"))}, kept, notes,
         thinned(train), {name: thinned(columns) for name, columns in held.items()},

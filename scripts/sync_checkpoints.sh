@@ -180,9 +180,12 @@ report() {
 }
 
 main() {
-  local code failures=0 succeeded='' delay
+  local code failures=0 succeeded='' delay tool
   parse_options "$@"
   load_settings
+  for tool in ssh rsync python3; do
+    command -v "$tool" >/dev/null || die 2 "no $tool here; ./scripts/test_remote_sync.sh says how to install it"
+  done
   open_connection
   take_lock
   while :; do

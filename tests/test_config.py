@@ -611,7 +611,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "pages": {"files"},
     "explain": {"model", "sampling", "tokenizer"},
     "runtime": {"checkpoint", "config", "errors", "files", "hardware", "metrics", "model", "prepare_data"},
-    "plan": {"config", "errors", "files", "hardware", "memory", "metrics", "model", "prepare_data"},
+    "plan": {"config", "errors", "files", "hardware", "memory", "metrics", "model", "prepare_data", "tokenizer"},
     "tasks": {"hub"},
     "scoring": {"checkpoint", "errors", "hub", "metrics", "model", "sampling", "tasks", "tokenizer"},
 }

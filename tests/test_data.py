@@ -30,7 +30,7 @@ import documents
 import prepare_data
 from config import DATASETS, DataConfig, Dataset
 from documents import DocumentStream, is_held_out
-from errors import exit_code_of
+from errors import ConfigError, exit_code_of
 from hub import DataError
 from prepare_data import IGNORED, Batch, DatasetPrep, PackedSource, StateMismatch
 from sources import (
@@ -641,6 +641,19 @@ def test_a_state_refuses_another_context_length_tokenizer_files_and_format(
         data.load_state_dict(state)
 
 
+def test_a_state_of_a_later_pass_refuses_fewer_epochs_and_says_how_many_it_takes(two_datasets: DataConfig) -> None:
+    with opened(two_datasets, rows=8, epochs=3) as data:
+        while max(source[0] for stream in data.state_dict()["streams"].values() for source in stream) < 1:
+            next(data)
+        state = json.loads(json.dumps(data.state_dict()))
+    with opened(two_datasets, rows=8, epochs=1) as data:
+        with pytest.raises(StateMismatch, match=r"pass 2 .*--train.epochs 2 or more"):
+            data.load_state_dict(state)
+    with opened(two_datasets, rows=8, epochs=2) as data:
+        data.load_state_dict(state)
+        next(data)
+
+
 def test_a_state_refuses_the_same_datasets_in_another_order_and_missing_streams(
     tmp_path: Path, register: Register
 ) -> None:
@@ -875,6 +888,8 @@ def broken(tmp_path: Path, name: str) -> Path:
         path.write_text("not parquet at all, just a text under that name")
     elif name == "latin1.txt":
         path.write_bytes("naïve café\n".encode("latin-1"))
+    elif name == "latin1.parquet":  # Arrow takes any bytes for a string when it writes, and when it reads
+        pq.write_table(pa.table({"text": pa.array([b"na\xefve"] * 9).view(pa.string())}), path)
     elif name == "latin1.jsonl":
         write_jsonl(path, texts[:7])
         path.write_bytes(path.read_bytes() + b'{"text": "na\xefve"}\n')
@@ -906,6 +921,7 @@ BROKEN: dict[str, tuple[type[Exception], str]] = {
     "empty.parquet": (CorruptRecord, "truncated"),
     "nonsense.parquet": (CorruptRecord, "not a parquet file"),
     "latin1.txt": (CorruptRecord, "not UTF-8 text at byte 2; convert it"),
+    "latin1.parquet": (CorruptRecord, "row group 0, has a text that is not UTF-8"),
     "latin1.jsonl": (CorruptRecord, "record 8, is not JSON"),
     "half a line.jsonl": (CorruptRecord, "record 8, is not JSON"),
     "list.jsonl": (TextFieldMissing, "no field 'text'"),
@@ -1125,6 +1141,42 @@ def test_a_process_whose_reader_is_reading_exits_cleanly_ten_times_of_ten(tmp_pa
         ]
         results += [(process.communicate(timeout=100)[0], process.returncode) for process in processes]
     assert results == [("", 0)] * 10
+
+
+@pytest.mark.parametrize("seed", [1, 1337])  # which draw the files in different orders
+def test_the_length_of_an_epoch_is_told_though_files_differ_a_hundredfold(tmp_path: Path, seed: int) -> None:
+    short, long = texts_of("s", 3000, words=2), texts_of("l", 150, words=600)
+    files = [write_jsonl(tmp_path / "a.jsonl", short), write_parquet(tmp_path / "b.parquet", long, 10)]
+    config = config_of(tmp_path, *files, seed=seed, n_streams=2, val_fraction=0.001)
+    with opened(config) as data:
+        told = data.tokens_per_epoch()["LOCAL"]
+    truth = sum(len(text.encode()) + 1 for text in trained_on(short + long))
+    assert told == pytest.approx(truth, rel=0.1)
+
+
+def test_records_without_text_count_in_the_length_of_an_epoch(tmp_path: Path) -> None:
+    texts = [text for text in texts_of("d", 300) for text in (text, "", "")]
+    config = config_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts), n_streams=1, val_fraction=0.001)
+    with opened(config) as data:
+        told = data.tokens_per_epoch()["LOCAL"]
+    assert told == pytest.approx(sum(len(text.encode()) + 1 for text in trained_on(texts[::3])), rel=0.1)
+
+
+def test_a_descriptions_tokens_are_gpt2s_and_another_tokenizers_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "LOCAL", dataclasses.replace(DATASETS["LOCAL"], tokens_per_document=7))
+    texts = texts_of("d", 300)
+    for tokenizer, length in (("gpt2", 7.0), ("bpe", sum(len(text.encode()) + 1 for text in texts) / 300)):
+        config = config_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts), n_streams=1, tokenizer=tokenizer)
+        with opened(config) as data:
+            assert data.tokens_per_epoch()["LOCAL"] == pytest.approx(300 * length * (1 - config.val_fraction), rel=0.02)
+
+
+def test_a_preview_of_a_batch_that_the_streams_cannot_share_is_refused_with_resume_too(tmp_path: Path) -> None:
+    for resume in ([], ["--resume"]):
+        with pytest.raises(ConfigError, match=r"a step has 6 rows .* must divide by data.n_streams 4"):
+            prepare_data.main(["--preset", "smoke", "--train.batch_size", "6", *resume])
 
 
 def test_the_preview_can_show_a_batch_of_one_row(

@@ -51,6 +51,33 @@ def test_a_plan_counts_the_memory_of_the_rows_that_auto_will_choose(runs: Runs) 
     assert float(counted[0][0]) > 0.01
 
 
+def test_a_plan_measures_a_run_that_saves_by_the_minute_and_one_that_begins_with_other_weights(runs: Runs) -> None:
+    runs("parent")
+    text = runs.folder / "few.txt"  # gives no tokenizer of the parent's size by itself
+    text.write_text("\n\n".join("a few words " * n for n in range(1, 60)))
+    options = ["--plan", "--train.save_minutes", "0.0001", "--data.current_datasets", "LOCAL"]
+    options += ["--data.dataset_probabilities", "1", "--data.local_files", str(text)]
+    before = {*runs.folder.iterdir()}
+    out, _ = runs("child", *options, "--init_from", str(runs.folder / "parent"))
+    assert re.search(r"passes over LOCAL [\d.]+\n", out)
+    assert "measured in 5 steps" in out
+    assert {*runs.folder.iterdir()} == before, "a plan left something"
+
+
+def test_a_run_by_epochs_passes_over_each_dataset_as_often_whatever_its_share(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--plan", "--gpu", "T4", "--mfu", "0.4", "--train.max_steps", "0", "--train.epochs"]
+    options = [*runs.command("")[-4:], *options]
+    unequal = ["--data.dataset_probabilities", "0.05", "0.95"]
+    train.main(["--preset", "smoke", *options, "2", *unequal])
+    out = capsys.readouterr().out
+    assert "passes over SOTU 2.00, WIKI 2.00\n" in out
+    assert "by heart" not in out
+    train.main(["--preset", "smoke", *options, "5", *unequal])
+    assert "SOTU 5 times, WIKI 5 times: more than about 4 passes" in capsys.readouterr().out
+
+
 def test_a_plan_does_not_touch_the_run_of_that_name(runs: Runs) -> None:
     runs("existing")
     before = {path: path.stat().st_mtime_ns for path in (runs.folder / "existing").rglob("*")}
@@ -166,6 +193,7 @@ def test_a_plan_warns_of_nothing_when_all_is_well(capsys: pytest.CaptureFixture[
         (["--plan", "--gpu", "H100", "--mfu", "40"], "mfu is 40.0; use a share above 0"),
         (["--plan", "--gpu", "H100"], "gpu and mfu go together, such as --gpu H100 --mfu 0.4"),
         (["--gpu", "H100"], "are for --plan"),
+        (["--train.hang_minutes", "1e12"], "train.hang_minutes is 1000000000000.0; use at most 1e6"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_line(runs: Runs, options: list[str], says: str) -> None:

@@ -59,6 +59,15 @@ def write_report(*runs: Path, output: Path) -> Path:
     return output
 
 
+def test_the_end_of_a_run_between_two_logged_steps_is_that_of_its_last_validation(tmp_path: Path):
+    folder = make_run(tmp_path / "run", 60, validations=1)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    end = json.loads(lines[-1]) | {"step": 67, "tokens": 67_000}
+    assert end["kind"] == "validation"
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(end)]) + "\n")
+    assert report.load_run(folder, "run").last["step"] == 67
+
+
 def test_many_lines_become_few_points_that_keep_mean_and_extremes(tmp_path: Path):
     values = np.random.default_rng(0).normal(size=99_991)
     values[5], values[70_000] = np.nan, 1000

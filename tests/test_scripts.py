@@ -20,7 +20,7 @@ from config import PRESETS, Config, GPTConfig, TrainingConfig, load_config
 from memory import training_memory
 from model import GPT
 from optim import build_optimizers, lr_factor_at
-from plan import most_checkpoints
+from plan import most_checkpoints, run_length
 from scripts import calc_lr_config, calc_params
 from tests.conftest import GETTYSBURG
 from tokenizer import load_tiktoken
@@ -113,6 +113,8 @@ def test_room_on_the_disk_is_wanted_for_the_checkpoints_that_may_still_be_added(
     assert most_checkpoints(load_config(["--train.keep_checkpoints", "2"], "", Config), 0) == 4
     kept = ["--train.max_steps", "950", "--train.keep_every", "100"]
     assert most_checkpoints(load_config(kept, "", Config), 950) == 14
+    by_epochs = load_config(["--train.keep_every", "1000"], "", Config)  # 266 thousand steps: 266 are kept, and 5
+    assert calc_params.most_checkpoints_of(by_epochs) == 5 + run_length(by_epochs, 1)[0] // 1000 > 200
     run = tmp_path / "fineweb"
     assert re.fullmatch(rf"Checkpoints of [\d.]+ GB in {run}: [\d.]+ GB for 5 more, of .* GB free\n", shown_for(0.1))
     with pytest.raises(DiskError, match=r"GB for 5 more, and .* GB are free; free some space, choose another"):

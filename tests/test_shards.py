@@ -158,6 +158,9 @@ def test_the_held_out_documents_are_those_of_the_text_at_every_val_fraction(made
         assert len(expected) > 1
         assert Counter(decoded(made, shards, held_out)) == Counter(expected)
     assert resolve_source("LOCAL", shards).documents == len(made.documents)
+    with opened(shards, tokenizer=None) as data:  # what is held out is no epoch's
+        whole = sum(path.stat().st_size for path in made.folder.glob("*.bin")) / 2
+        assert data.tokens_per_epoch() == {"LOCAL": pytest.approx(whole * (1 - val_fraction), abs=1)}
 
 
 def test_validation_rows_are_of_held_out_documents_only(made: Made) -> None:

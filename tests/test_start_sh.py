@@ -419,6 +419,15 @@ def test_dry_run_on_eight_gpus_shows_the_launch_and_checks_settings_for_eight(re
     assert repo.ran[1:] == ["python scripts/calc_params.py --train.lr=0.02 --preset gpt2"]
 
 
+def test_a_run_that_goes_on_is_not_held_to_the_batch_of_this_hardware(repo: Repo) -> None:
+    repo.gpus(*["NVIDIA L4"] * 2)
+    assert "--check_disk" in repo.start("--dry-run").stdout
+    assert "--resume" not in repo.ran[0]
+    (repo.path / "checkpoints/fineweb/step-00000010").mkdir(parents=True)
+    repo.start("--dry-run", "--", "--train.batch_size", "4")
+    assert repo.ran[1] == "python scripts/calc_params.py --preset fineweb --train.batch_size 4 --resume"
+
+
 def test_what_follows_two_dashes_goes_to_train_and_decides_where_the_sample_comes_from(repo: Repo) -> None:
     result = repo.start("--", "--preset", "smoke", "--train.run_name=mine", "--train.out_dir", "my runs")
     assert result.returncode == 0, result.stderr

@@ -361,6 +361,36 @@ def test_both_scripts_say_what_to_do(box: Box, what: Callable[[Box], Any], code:
     assert [line[2] for line in check.stdout.splitlines()] == ["✓"] * ticks + ["✗"]
 
 
+def test_a_tool_that_is_missing_here_and_a_file_that_cannot_be_read_are_told_as_such(box: Box) -> None:
+    box.save(1)
+    tools = box.tmp / "here"
+    tools.mkdir()
+    for folder in ("/bin", "/usr/bin"):
+        for path in Path(folder).iterdir():
+            if path.name != "rsync" and not (tools / path.name).is_symlink():
+                (tools / path.name).symlink_to(path)
+    result = box.sync(PATH=str(tools))
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: no rsync here; ./scripts/test_remote_sync.sh says how to install it\n",
+    )
+    script = f"""
+        source scripts/remote.sh
+        tmp={box.tmp} REMOTE_HOST=box REMOTE_PORT=1 REMOTE_USER=root REMOTE_DIR=/x
+        end_child() {{ :; }}
+        echo 'rsync: [sender] send_files failed to open "/x/demo/loss.png": Permission denied (13)' >{box.tmp}/errors
+        echo 'rsync error: some files could not be transferred (code 23)' >>{box.tmp}/errors
+        explain 23; echo "$? $problem"
+        echo 'root@box: Permission denied (publickey,password).' >{box.tmp}/errors
+        explain 255; echo "$? $problem"
+    """
+    done = subprocess.run(["bash", "-c", script], cwd=REPO, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    failed = 'rsync: [sender] send_files failed to open "/x/demo/loss.png": Permission denied'
+    assert lines[0] == f"2 a file cannot be read or written: {failed}"
+    assert lines[1].startswith("2 box port 1 knows no key of yours for root; set SSH_KEY")
+
+
 def test_the_check_ticks_all_that_the_sync_needs(box: Box) -> None:
     none_yet = box.check()
     assert (none_yet.returncode, "wait until the run has saved one" in none_yet.stderr) == (1, True)
