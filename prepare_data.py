@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import queue
 import sys
@@ -77,7 +78,10 @@ class PackedSource:
         if used >= 0:
             document = self._documents.draw()
             if document is None:
-                raise StateMismatch(f"{self.name} has fewer documents than when this state was saved")
+                raise StateMismatch(
+                    f"the run is in a later pass over {self.name} already; use more --train.epochs, or set "
+                    f"--train.max_steps"
+                )
             ids = encode(document, self._tokenizer)
             self._tail, self._last_length = ids[used:], len(ids)
 
@@ -310,12 +314,6 @@ class DatasetPrep:
                 f"use the data and settings of the saved run, start a new one with another --train.run_name, or "
                 f"continue with --restart_data"
             )
-        begun = 1 + max(saved[0] for v in self._streams for saved in state["streams"][str(v)])
-        if self._epochs is not None and begun > self._epochs:
-            raise StateMismatch(
-                f"the run is in pass {begun} over its documents already; use --train.epochs {begun} or more, or "
-                f"--train.max_steps"
-            )
         for v, stream in self._streams.items():
             for source, saved in zip(stream.sources, state["streams"][str(v)], strict=True):
                 source.load_state(saved)
@@ -437,8 +435,8 @@ class DatasetPrep:
     def tokens_per_epoch(self, sample: int = 500) -> dict[str, int]:
         """About how many training tokens each source gives per epoch: its documents x their mean length.
 
-        The length is that of shards, of the dataset's description, or else of a sample. Raises ConfigError when the
-        documents are unknown and data.max_samples is 0.
+        The length is that of shards, of the dataset's description, or else of a sample; those that data.max_samples
+        leaves are taken to be like all. Raises ConfigError when the documents are unknown and data.max_samples is 0.
         """
         tokens = {}
         for source in self.sources:
@@ -451,26 +449,30 @@ class DatasetPrep:
         return tokens
 
     def _mean_length(self, source: Source, sample: int) -> float:
-        """Mean tokens of a record, by a sample of each file, as files differ; of 20, in which records spread evenly
-        over all are, if there are more."""
+        """Mean tokens of a record, by a sample. Files may differ, and their ends from their beginnings: of local ones
+        it is from all, every k-th record; or from 20 drawn by their bytes (Hansen and Hurwitz, 1943)."""
+        c = dataclasses.replace(self.config, max_samples=0)
 
-        def mean(of: Source, n: int) -> float:
-            documents = DocumentStream(of, self.config, stream=0, n_streams=1, epochs=1, held_out=None)
+        def mean(of: Source, n: int, every: int = 1) -> float:
+            documents = DocumentStream(of, c, stream=0, n_streams=every, epochs=1, held_out=None)
             lengths = [len(self.encode(document)) for document in itertools.islice(documents, n)]
             return sum(lengths) / (len(lengths) + documents.n_empty)
 
         if not source.in_files:
             return mean(source, sample)
-        weights = dict(enumerate(source.in_files))
-        if len(weights) > 20:
-            spread = (np.arange(20) + 0.5) / 20 * sum(source.in_files)
-            weights = Counter(np.searchsorted(np.cumsum(source.in_files), spread, side="right").tolist())
-        total = 0.0
-        for i, weight in weights.items():
-            its = dataclasses.replace(source, files=(source.files[i],), sizes=(source.sizes[i],))
+        sizes, total = source.sizes, 0.0
+        drawn = Counter(range(len(sizes)))
+        if len(sizes) > 20:
+            points = (np.arange(20) + 0.5) / 20 * sum(sizes)
+            drawn = Counter(np.searchsorted(np.cumsum(sizes), points, side="right").tolist())
+        n_each = math.ceil(sample / len(drawn))
+        for i, times in drawn.items():
+            its = dataclasses.replace(source, files=(source.files[i],), sizes=(sizes[i],))
+            stands_for = times * sum(sizes) / sizes[i] / 20 if len(sizes) > 20 else 1.0  # so many files like it
             with contextlib.suppress(EmptyStream):  # of records without text
-                total += weight * mean(its, sample)
-        return total / sum(weights.values()) or mean(source, sample)
+                every = max(1, math.ceil(source.in_files[i] / n_each))
+                total += stands_for * source.in_files[i] * mean(its, n_each, every)
+        return total / source.documents or mean(source, sample)
 
     def _packed(self, source: Source, stream: int) -> PackedSource:
         documents = DocumentStream(source, self.config, stream, self.config.n_streams, self._epochs)

@@ -266,7 +266,8 @@ def train(config: Config) -> int:
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
     )
-    say(f"run       {run_dir}: step {step} to {total_steps:,}, {amount(total_steps * tokens_per_step)} tokens")
+    about = "" if c.max_steps else "about "  # the data decides
+    say(f"run       {run_dir}: step {step} to {about}{total_steps:,}, {amount(total_steps * tokens_per_step)} tokens")
     if state and step < total_steps != state["total_steps"]:
         was, now = (c.lr * lr_factor_at(step, n, warmup_steps, c) for n in (state["total_steps"], total_steps))
         before = f"before of {state['total_steps']:,}"
@@ -347,7 +348,7 @@ def train(config: Config) -> int:
             check_lock(lock)
             data_state = {**position, "streams": {k: v for p in positions for k, v in p["streams"].items()}}
             state = {
-                "step": step, "total_steps": total_steps, "epochs": c.epochs, "rows_per_step": rows_per_step,
+                "step": step, "total_steps": total_steps, "epochs": epochs or 0, "rows_per_step": rows_per_step,
                 "tokens_seen": tokens_seen, "seconds_trained": seconds_trained,
                 "recent_losses": [*recent_losses], "undone": undone,
                 "first_data_step": first_data_step, "data": data_state,

@@ -3,6 +3,7 @@
     python scripts/calc_params.py [--preset gpt2] [--model.d_model 512 ...] [--check_disk]
 
 Nothing is trained or downloaded: the model is built without memory for its weights, and its own count is printed.
+(With --train.keep_every in a run by epochs, data that has no description is counted as the run counts it.)
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  (batch_size auto: the run itself chooses it when it starts, by the memory that is free then)")
     print()
 
-    print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, ", end="")
-    print(f"and at most {most_checkpoints_of(config)} of them on the disk\n")
+    most = most_checkpoints_of(config)
+    print(f"a checkpoint: {memory.checkpoint / 2**30:.2f} GB, and at most {most} of them on the disk\n")
     if config.train.max_steps:
         tokens = config.train.max_steps * config.tokens_per_step(devices)
         print(f"this run: {amount(tokens)} tokens on {devices} device{'s' * (devices > 1)}, ", end="")
@@ -99,11 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def most_checkpoints_of(config: Config) -> int:
-    """At a time on the disk. The length of a run by epochs is planned if it matters: then its data may be read."""
+    """At a time on the disk."""
     from plan import most_checkpoints, run_length
 
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    return most_checkpoints(config, run_length(config, devices)[0] if config.train.keep_every else 0)
+    steps = config.train.max_steps
+    if config.train.keep_every and not steps:  # by epochs, whose length depends on the data
+        steps, _ = run_length(config, int(os.environ.get("WORLD_SIZE", "1")))
+    return most_checkpoints(config, steps)
 
 
 def room_for_checkpoints(config: Config) -> str:

@@ -641,15 +641,15 @@ def test_a_state_refuses_another_context_length_tokenizer_files_and_format(
         data.load_state_dict(state)
 
 
-def test_a_state_of_a_later_pass_refuses_fewer_epochs_and_says_how_many_it_takes(two_datasets: DataConfig) -> None:
+def test_a_state_of_a_later_pass_refuses_fewer_epochs(two_datasets: DataConfig) -> None:
     with opened(two_datasets, rows=8, epochs=3) as data:
-        while max(source[0] for stream in data.state_dict()["streams"].values() for source in stream) < 1:
+        while any(source[0] < 1 for stream in data.state_dict()["streams"].values() for source in stream):
             next(data)
         state = json.loads(json.dumps(data.state_dict()))
     with opened(two_datasets, rows=8, epochs=1) as data:
-        with pytest.raises(StateMismatch, match=r"pass 2 .*--train.epochs 2 or more"):
+        with pytest.raises(StateMismatch, match=r"a later pass over [AB] already; use more --train.epochs"):
             data.load_state_dict(state)
-    with opened(two_datasets, rows=8, epochs=2) as data:
+    with opened(two_datasets, rows=8, epochs=3) as data:
         data.load_state_dict(state)
         next(data)
 
@@ -1143,15 +1143,23 @@ def test_a_process_whose_reader_is_reading_exits_cleanly_ten_times_of_ten(tmp_pa
     assert results == [("", 0)] * 10
 
 
-@pytest.mark.parametrize("seed", [1, 1337])  # which draw the files in different orders
-def test_the_length_of_an_epoch_is_told_though_files_differ_a_hundredfold(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("kind", ["two files", "one file", "many files", "row groups"])
+def test_the_length_of_an_epoch_is_told_though_documents_differ_a_hundredfold(tmp_path: Path, kind: str) -> None:
     short, long = texts_of("s", 3000, words=2), texts_of("l", 150, words=600)
-    files = [write_jsonl(tmp_path / "a.jsonl", short), write_parquet(tmp_path / "b.parquet", long, 10)]
-    config = config_of(tmp_path, *files, seed=seed, n_streams=2, val_fraction=0.001)
+    if kind == "two files":
+        files = [write_jsonl(tmp_path / "a.jsonl", short), write_parquet(tmp_path / "b.parquet", long, 10)]
+    elif kind == "one file":
+        files = [write_jsonl(tmp_path / "a.jsonl", short + long)]
+    elif kind == "many files":
+        files = [write_jsonl(tmp_path / f"{i}.jsonl", short[100 * i : 100 * i + 100]) for i in range(30)]
+        files.insert(17, write_jsonl(tmp_path / "long.jsonl", long))
+    else:
+        files = [write_parquet(tmp_path / "a.parquet", short + long, 100)]
+    config = config_of(tmp_path, *files, n_streams=2, val_fraction=0.001)
     with opened(config) as data:
         told = data.tokens_per_epoch()["LOCAL"]
     truth = sum(len(text.encode()) + 1 for text in trained_on(short + long))
-    assert told == pytest.approx(truth, rel=0.1)
+    assert told == pytest.approx(truth, rel=0.2)
 
 
 def test_records_without_text_count_in_the_length_of_an_epoch(tmp_path: Path) -> None:

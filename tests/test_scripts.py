@@ -115,6 +115,8 @@ def test_room_on_the_disk_is_wanted_for_the_checkpoints_that_may_still_be_added(
     assert most_checkpoints(load_config(kept, "", Config), 950) == 14
     by_epochs = load_config(["--train.keep_every", "1000"], "", Config)  # 266 thousand steps: 266 are kept, and 5
     assert calc_params.most_checkpoints_of(by_epochs) == 5 + run_length(by_epochs, 1)[0] // 1000 > 200
+    none = ["--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.local_files", "none.txt"]
+    assert calc_params.most_checkpoints_of(load_config([*kept, *none], "", Config)) == 14  # its data is not read
     run = tmp_path / "fineweb"
     assert re.fullmatch(rf"Checkpoints of [\d.]+ GB in {run}: [\d.]+ GB for 5 more, of .* GB free\n", shown_for(0.1))
     with pytest.raises(DiskError, match=r"GB for 5 more, and .* GB are free; free some space, choose another"):

@@ -250,15 +250,20 @@ def test_epochs_end_the_run_when_the_documents_are_used_up(runs: Runs, tmp_path:
     documents.write_text("\n".join(lines))
     local = (
         "--data.current_datasets", "LOCAL", "--data.dataset_probabilities", "1", "--data.local_files", str(documents),
-        "--data.bpe_vocab_size", "300", "--train.max_steps", "0", "--train.warmup_tokens", "300", "--train.epochs",
+        "--data.bpe_vocab_size", "300", "--train.warmup_tokens", "300",
     )  # fmt: skip
-    tokens = []
+    tokens, lengths = [], []
     for epochs in ("1", "2"):
-        out, _ = runs(f"epochs{epochs}", *local, epochs)
+        out, _ = runs(f"epochs{epochs}", *local, "--train.max_steps", "0", "--train.epochs", epochs)
         tokens.append(runs.records(f"epochs{epochs}")[-1]["tokens"])
+        lengths += re.findall(r": step 0 to about ([\d,]+), ", out)
         assert "complete at step" in out
     # 4 streams: each stream's first token is no target; all others are, in each epoch.
     assert tokens[1] + 4 == 2 * (tokens[0] + 4)
+    runs("turned", *local, "--train.max_steps", "5", "--train.epochs", "2")
+    out, _ = runs("turned", *local, "--train.max_steps", "0", "--train.epochs", "2", "--resume")
+    assert f": step 5 to about {lengths[1]}, " in out  # and not to the 5 that were to be all
+    assert runs.records("turned")[-1]["tokens"] == tokens[1]
 
 
 def test_the_default_preset_without_a_hub_says_so_in_one_line_and_15_seconds(tmp_path: Path) -> None:
