@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -36,7 +37,7 @@ def context() -> dict[str, Any]:
     from hardware import describe
 
     return {
-        "command": "python bench/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(str(Path.home()), "~"),
+        "command": "python bench/" + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(str(Path.home()), "~"),
         "commit": git("rev-parse", "--short", "HEAD"),
         "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.cpp")),
         "date": date.today().isoformat(),
