@@ -53,12 +53,12 @@ def train_peer(seconds: float, lr: float, fp32: bool, seed: int) -> dict[str, fl
     precision = torch.autocast("cpu", dtype=torch.bfloat16) if in_bf16 else contextlib.nullcontext()
 
     started = time.perf_counter()
-    step, total, warm = 0, 10_000, 0.0
+    step, total, compiled = 0, 200, 0.0  # a guess, for the rate of two steps
     while (elapsed := time.perf_counter() - started) < seconds:
-        if step == 3:
-            warm = elapsed
-        if step >= 13 and step % 10 == 3:  # the steps that there is time for, as known so far
-            total = step + max(1, int((seconds - elapsed) / ((elapsed - warm) / (step - 3))))
+        if step == 1:
+            compiled = elapsed
+        if step > 1:  # the steps that there is time for, as known so far
+            total = step + max(1, int((seconds - elapsed) / ((elapsed - compiled) / (step - 1))))
         batch = next(data)
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, total)
