@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 OUR_STEPS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 180, 220, 260, 320, 400, 480, 560)
 
 
