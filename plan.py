@@ -79,7 +79,7 @@ def plan(
     disk = Path(c.out_dir).expanduser()
     free = shutil.disk_usage(next(p for p in (disk.absolute(), *disk.absolute().parents) if p.exists())).free
     epochs = None if c.max_steps else c.epochs
-    passes = passes_over(per_epoch, config.data.dataset_probabilities, tokens, epochs)
+    passes = passes_over(per_epoch, config.data, tokens, epochs)
 
     if gpu:  # GB of 10^9 bytes, as the makers': of a T4's 16, CUDA shows 15.7
         usable = int(SHARE_TO_FILL["cuda"] * MEMORY_GB[gpu] * 1e9)
@@ -90,8 +90,10 @@ def plan(
     speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
     if speed is None:
         return 0
-    if c.save_minutes:
-        n_saves = max(n_saves, int(total_steps * speed.step / 60 / c.save_minutes))
+    if c.save_minutes:  # more of them, counted from the last one on
+        times, rest = divmod(total_steps, c.save_every)
+        of_all, of_rest = (int(steps * speed.step / 60 / c.save_minutes) for steps in (c.save_every, rest))
+        n_saves += times * of_all + of_rest
     n_kept = min(n_saves, most_checkpoints(config, total_steps))
     seconds = total_steps * speed.step + speed.compiling
     seconds += n_validations * speed.validation + n_saves * speed.checkpoint
@@ -143,7 +145,7 @@ def run_length(config: Config, world_size: int, tokenizer: Tokenizer | None = No
     """Optimizer steps of the run; and of each dataset its training tokens per epoch, 0 if that is not known.
 
     Like train.py: max_steps, or else the epochs over all datasets. Local datasets, and shards, are read for that; those
-    of the hub are planned from their descriptions, but for a tokenizer of one's own.
+    of the hub are planned from their descriptions, but in a run by epochs with a tokenizer of one's own.
     """
     c = config.data
     described = {name: DATASETS[name] for name in c.current_datasets}

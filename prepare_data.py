@@ -48,7 +48,7 @@ from sources import Document, EmptyStream, Source, Tokenized, read_shard_setting
 from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _BPE_BYTES = 20_000_000  # of text that a tokenizer is trained on, at most
 
 
@@ -304,13 +304,9 @@ class DatasetPrep:
         """
         if self._thread is not None:
             raise RuntimeError("load_state_dict comes before the first batch")
-        identity, saved_identity = self.identity(), state.get("identity", {})
-        changed = [k for k, value in identity.items() if saved_identity.get(k) != value]
-        if not changed and not all(self._is_position(state["streams"].get(str(v))) for v in self._streams):
-            changed = ["the streams it holds"]
-        if state.get("format") != STATE_FORMAT or changed:
+        if changed := self.changed_since(state):
             raise StateMismatch(
-                f"the saved data position does not fit: {', '.join(changed) or 'its format'} changed; "
+                f"the saved data position does not fit: {', '.join(changed)} changed; "
                 f"use the data and settings of the saved run, start a new one with another --train.run_name, or "
                 f"continue with --restart_data"
             )
@@ -318,6 +314,16 @@ class DatasetPrep:
             for source, saved in zip(stream.sources, state["streams"][str(v)], strict=True):
                 source.load_state(saved)
         self._delivered = self._stream_states()
+
+    def changed_since(self, state: dict[str, Any]) -> list[str]:
+        """What a saved state has of other data, or of other code's division of it; empty if it can go on there."""
+        saved = state.get("identity", {})
+        if changed := [key for key, value in self.identity().items() if saved.get(key) != value]:
+            return changed
+        if state.get("format") != STATE_FORMAT:
+            return ["its format"]
+        fits = all(self._is_position(state["streams"].get(str(v))) for v in self._streams)
+        return [] if fits else ["the streams it holds"]
 
     def _is_position(self, saved: Any) -> bool:
         """Whether a stream's saved state is one of PackedSource for each source."""
@@ -491,13 +497,18 @@ def planned_tokens(name: str, config: DataConfig, documents: int, tokens_per_doc
     return int(documents * tokens_per_document * (1 - config.val_fraction))
 
 
-def passes_over(sizes: dict[str, int], shares: Sequence[float], tokens: int, epochs: int | None) -> dict[str, float]:
-    """How often a run of so many tokens reads each dataset whose tokens per epoch are known (not 0).
+def passes_over(sizes: dict[str, int], config: DataConfig, tokens: int, epochs: int | None) -> dict[str, float]:
+    """How often a run of so many tokens reads each dataset, as far as that is known: 0 tokens per epoch are not known,
+    nor is which share of the tokens belongs to a share of the documents (data.mix_by).
 
     In a run by epochs each is read as often: one that is used up before the others drops out.
     """
-    shares_of = zip(sizes.items(), shares, strict=True)
-    return {name: epochs or tokens * share / size for (name, size), share in shares_of if size}
+    if epochs:
+        return dict.fromkeys(sizes, float(epochs))
+    if config.mix_by == "documents" and len(sizes) > 1:
+        return {}
+    shares_of = zip(sizes.items(), config.dataset_probabilities, strict=True)
+    return {name: tokens * share / size for (name, size), share in shares_of if size}
 
 
 def too_often(passes: dict[str, float]) -> list[str]:

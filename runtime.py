@@ -236,10 +236,10 @@ def name_suspects(
 def often_repeated(data: DatasetPrep, tokens: int, epochs: int | None) -> list[str]:
     """too_often of a run of so many tokens, as far as the sizes of its datasets are known."""
     try:
-        sizes = data.tokens_per_epoch(sample=50)
+        sizes = dict.fromkeys(data.config.current_datasets, 0) if epochs else data.tokens_per_epoch(sample=50)
     except ConfigError:
         return []
-    return too_often(passes_over(sizes, data.config.dataset_probabilities, tokens, epochs))
+    return too_often(passes_over(sizes, data.config, tokens, epochs))
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -291,6 +291,14 @@ def read_chunks(source: Source, file: int, share: int, n_shares: int, start: int
     return read(source, path, size, (share + file) % n_shares, n_shares, start)
 
 
+def row_of(turn: int, share: int, n_shares: int) -> int:
+    """The row of a file that is a share's in a turn of n_shares rows: which of them is by a hash of the turn. In a file
+    with a period, such as a question and its answer, no share then has the questions alone."""
+    x = turn * 2654435769 % 2**32
+    x = (x ^ x >> 15) * 2246822519 % 2**32
+    return turn * n_shares + (share + (x * n_shares >> 32)) % n_shares
+
+
 def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
     footer = _parquet_footer(path, size)
     names = footer.schema.to_arrow_schema().names
@@ -316,7 +324,11 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
                         f"{path}, row group {group}, has a text that is not UTF-8 ({error}); mend or remove it"
                     ) from None
                 texts = [_checked(text, path, f"row group {group}") for text in column]
-                yield texts if by_group else texts[(share - first_row) % n_shares :: n_shares]
+                if not by_group:
+                    turns = range(first_row // n_shares, (first_row + len(texts)) // n_shares + 1)
+                    places = [row_of(turn, share, n_shares) - first_row for turn in turns]
+                    texts = [texts[i] for i in places if 0 <= i < len(texts)]
+                yield texts
             first_row += footer.row_group(group).num_rows
 
 
@@ -331,11 +343,21 @@ def _parquet_footer(path: str, size: int) -> pq.FileMetaData:
 
 
 def _row_chunks(source: Source, path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
-    rows = itertools.islice(
-        enumerate(_rows(path, size, source.text_cut)), share + start * CHUNK * n_shares, None, n_shares
-    )
+    numbers = (row_of(turn, share, n_shares) for turn in itertools.count(start * CHUNK))
+    rows = _numbered(_rows(path, size, source.text_cut), numbers)
     while batch := list(itertools.islice(rows, CHUNK)):
         yield [_text_of(source, path, i, row) for i, row in batch]
+
+
+def _numbered(rows: Iterator[Any], numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Those of the rows whose numbers, ascending, are given; with them."""
+    n_read, end = 0, object()  # None may be a row
+    for number in numbers:
+        row = next(itertools.islice(rows, number - n_read, None), end)
+        if row is end:
+            return
+        yield number, row
+        n_read = number + 1
 
 
 def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
@@ -347,19 +369,19 @@ def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[
             f"{path} holds {len(ids)} tokens, not the {ends[-1]} of its index; remove and make it again"
         )
     for chunk in itertools.count(start):
-        first = share + chunk * SHARD_CHUNK * n_shares
-        rows = range(first, min(first + SHARD_CHUNK * n_shares, len(index)), n_shares)
+        turns = range(chunk * SHARD_CHUNK, (chunk + 1) * SHARD_CHUNK)
+        rows = [row for turn in turns if (row := row_of(turn, share, n_shares)) < len(index)]
         if not rows:
             return
-        begin = int(ends[first - 1]) if first else 0
+        begin = int(ends[rows[0] - 1]) if rows[0] else 0
         block = ids[begin : int(ends[rows[-1]])]
         if int(block.max()) >= n_vocab:  # a bad id would stop the run on the device, without a name
             bad = begin + int(np.argmax(block >= n_vocab))
             document = int(np.searchsorted(ends, bad, side="right"))
             raise CorruptRecord(f"{path}, document {document}, has the id {ids[bad]} in a vocabulary of {n_vocab}")
         starts = [int(ends[row - 1]) - begin if row else 0 for row in rows]
-        stops = (ends[rows.start : rows.stop : n_shares] - begin).tolist()
-        its_hashes = hashes[rows.start : rows.stop : n_shares].tolist()
+        stops = (ends[rows] - begin).tolist()
+        its_hashes = hashes[rows].tolist()
         yield [Tokenized(block[a:b], h) for a, b, h in zip(starts, stops, its_hashes, strict=True)]
 
 

@@ -62,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check:
             return plan.check(config, [word for word in (sys.argv[1:] if argv is None else argv) if word != "--check"])
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.resume:  # its rows per step are those of the saved run
+            from checkpoint import newest_checkpoint, read_state
+            from runtime import keep_rows_per_step
+
+            if newest := newest_checkpoint(config.train.run_dir):
+                rows = dataclasses.replace(config.train, batch_size=1) if config.train.fit_memory else config.train
+                config = dataclasses.replace(config, train=rows)
+                config = keep_rows_per_step(config, read_state(newest.path)["rows_per_step"], world_size)
         return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train, tokenizer)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -167,9 +175,12 @@ def train(config: Config) -> int:
     newest = newest_for_all(accelerator, run_dir)
     state = read_state(newest.path) if newest else None
     if state and 0 < c.max_steps < state["step"]:
+        own = f"--train.max_steps {state['total_steps']}"
+        if state["epochs"]:
+            own = f"--train.max_steps 0 --train.epochs {state['epochs']}"
         raise ConfigError(
             f"{run_dir} is at step {state['step']} of {state['total_steps']} already, beyond train.max_steps "
-            f"{c.max_steps}; repeat the options of the run: --train.max_steps {state['total_steps']}"
+            f"{c.max_steps}; repeat the options of the run: {own}"
         )
     saved_tokenizer = load_tokenizer(newest.path) if newest else None
     if config.init_from:  # only now it is known whether the run has weights of its own
@@ -234,7 +245,7 @@ def train(config: Config) -> int:
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
         recent_losses.extend(state.get("recent_losses", []))
         undone.update({int(key): n for key, n in state.get("undone", {}).items()})
-        if config.restart_data and state["data"]["identity"] != data.identity():
+        if config.restart_data and data.changed_since(state["data"]):
             first_data_step = step
             say(f"data      changed since step {step}: its documents begin anew")
         else:
@@ -260,7 +271,7 @@ def train(config: Config) -> int:
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")
-    for warning in often_repeated(data, total_steps * tokens_per_step, epochs):
+    for warning in often_repeated(data, total_steps * tokens_per_step, epochs) if is_main else []:
         say(f"          {warning}")
     say(
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
@@ -368,7 +379,7 @@ def train(config: Config) -> int:
     progress.reset(total_steps)
     progress.update(step)
     meter = Meter()
-    position, val_loss = data.state_dict(), None
+    position, val_loss = data.state_dict(), newest.val_loss if newest else None
     first_step = saved_step = step
     max_grad_norm = c.max_grad_norm or math.inf
     outcome = "complete"
@@ -486,9 +497,10 @@ def train(config: Config) -> int:
     data.close()
     progress.close()
     watch()
-    if saved_step < step:  # stopped by a signal, or by the end of the last epoch
-        if outcome == "complete" and val_loss is None:
-            val_loss = validate()
+    not_validated = outcome == "complete" and step > 0 and val_loss is None  # the last epoch ended it
+    if not_validated:
+        val_loss = validate()
+    if saved_step < step or not_validated:
         save()
     if is_main:
         write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)

@@ -42,6 +42,7 @@ from sources import (
     document_hash,
     read_chunks,
     resolve_source,
+    row_of,
 )
 from tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, load_tiktoken
 
@@ -444,6 +445,34 @@ def test_the_shares_of_one_file_are_all_its_rows_once_and_can_begin_at_any_chunk
         lengths = [sum(len(chunk) for chunk in chunks) for chunks in shares]
         if file < 2 or n_shares > 13:  # not dealt out by row groups
             assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("n_streams", [4, 5, 16])
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_records_in_turns_as_questions_and_answers_are_in_all_streams(
+    tmp_path: Path, suffix: str, n_streams: int, period: int
+) -> None:
+    """Were they dealt out one by one, a stream of questions alone would be through them many times."""
+    answers = ["because {0} " * 30] * (period - 1)
+    texts = [text.format(i) for i in range(2400 // period) for text in ("why {0}?", *answers)]
+    path = tmp_path / f"a.{suffix}"
+    path = write_jsonl(path, texts) if suffix == "jsonl" else write_parquet(path, texts, rows_per_group=1200)
+    source = resolve_source("LOCAL", config_of(tmp_path, path))
+    for share in range(n_streams):
+        its = texts_in(t for chunk in read_chunks(source, 0, share, n_streams, 0) for t in chunk)
+        assert sum(t.startswith("why") for t in its) / len(its) == pytest.approx(1 / period, abs=0.12)
+    with opened(config_of(tmp_path, path, n_streams=n_streams, val_fraction=0.001)) as data:
+        for sample in (350, 400, 480, 500):  # every 7th, 6th, 5th
+            told = data.tokens_per_epoch(sample)["LOCAL"]
+            assert told == pytest.approx(sum(len(text.encode()) + 1 for text in trained_on(texts)), rel=0.12)
+
+
+def test_of_a_file_with_any_period_a_share_has_every_part_alike() -> None:
+    for n_shares, period in itertools.product([*range(1, 40), *range(490, 520)], range(2, 6)):
+        parts = Counter(row_of(turn, 1, n_shares) % period for turn in range(500))
+        for part in range(period):
+            assert parts[part] / 500 == pytest.approx(1 / period, abs=0.1), f"{n_shares} shares, period {period}"
 
 
 @pytest.mark.parametrize("large", ["a large file beside it", "full row groups before it"])
@@ -1156,10 +1185,12 @@ def test_the_length_of_an_epoch_is_told_though_documents_differ_a_hundredfold(tm
     else:
         files = [write_parquet(tmp_path / "a.parquet", short + long, 100)]
     config = config_of(tmp_path, *files, n_streams=2, val_fraction=0.001)
-    with opened(config) as data:
-        told = data.tokens_per_epoch()["LOCAL"]
     truth = sum(len(text.encode()) + 1 for text in trained_on(short + long))
-    assert told == pytest.approx(truth, rel=0.2)
+    with opened(config) as data:
+        assert data.tokens_per_epoch()["LOCAL"] == pytest.approx(truth, rel=0.2)
+    some = dataclasses.replace(config, max_samples=315)  # of 3,150, which are taken to be like all
+    with opened(some) as data:
+        assert data.tokens_per_epoch()["LOCAL"] == pytest.approx(truth / 10, rel=0.2)
 
 
 def test_records_without_text_count_in_the_length_of_an_epoch(tmp_path: Path) -> None:

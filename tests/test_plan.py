@@ -76,6 +76,27 @@ def test_a_run_by_epochs_passes_over_each_dataset_as_often_whatever_its_share(
     assert "by heart" not in out
     train.main(["--preset", "smoke", *options, "5", *unequal])
     assert "SOTU 5 times, WIKI 5 times: more than about 4 passes" in capsys.readouterr().out
+    by_documents = ["--train.max_steps", "90000", "--data.mix_by", "documents"]  # a speech is as long as 70 articles
+    train.main(["--preset", "smoke", *options[:-3], *by_documents])
+    out = capsys.readouterr().out
+    assert "how often it is passed over is not known" in out
+    assert "by heart" not in out
+
+
+def test_a_plan_counts_checkpoints_by_the_minute_from_the_last_one_on(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "gpt2", "--plan", "--gpu", "H100", "--mfu", "0.4", "--train.max_steps", "18000"]
+    for save_every, n_saves in (("100000", 2), ("17000", 3), ("9000", 2)):  # of 40 minutes, with one at 30
+        train.main([*options, "--train.save_every", save_every, "--train.keep_checkpoints", "100"])
+        out = capsys.readouterr().out
+        assert re.search(r"18,000 steps 39m40s", out), out
+        assert f"{n_saves} at a time" in out
+
+
+def test_a_plan_of_a_run_that_goes_on_has_its_rows_per_step(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs("begun", "--train.max_steps", "5")
+    options = [*runs.command("begun")[2:], "--plan", "--gpu", "T4", "--mfu", "0.4", "--resume"]
+    train.main([*options, "--train.batch_size", "1"])
+    assert "20 steps of 256 tokens" in capsys.readouterr().out
 
 
 def test_a_plan_does_not_touch_the_run_of_that_name(runs: Runs) -> None:

@@ -29,7 +29,7 @@ from errors import ConfigError, exit_code_of
 from files import lock_folder
 from hub import DataError
 from prepare_data import DatasetPrep
-from sources import SHARD_INDEX, CorruptRecord, Tokenized, document_hash, resolve_source
+from sources import SHARD_INDEX, CorruptRecord, Source, Tokenized, document_hash, read_chunks, resolve_source
 from tests.test_data import (
     BYTES,
     ROOT,
@@ -223,6 +223,22 @@ def test_a_resumed_run_gives_the_same_next_batches_bit_for_bit(made: Made) -> No
     for world in (2, 4):
         ranks = [after(made.shards, states[5], 3, rank=r, world=world, tokenizer=None)[0] for r in range(world)]
         assert_same([join([part[i] for part in ranks], V) for i in range(3)], batches[5:8])
+
+
+def test_documents_in_turns_as_questions_and_answers_are_in_all_streams(tmp_path: Path) -> None:
+    index = np.array([(3 * i, i) for i in range(1, 961)], dtype=SHARD_INDEX)
+    ids = np.tile(np.array([9, 0, 1, 9, 2, 3], dtype=np.uint16), 480)
+    (tmp_path / "settings.json").write_text(json.dumps({"n_shards": 1, "n_vocab": 10, "tokenizer": ""}))
+    ids.tofile(tmp_path / "a.bin")
+    np.save(tmp_path / "a.npy", index)
+    source = Source("LOCAL", (str(tmp_path / "a.bin"),), (ids.nbytes,), "", 960, "")
+    for n_shares in (1, 4, 7, 16):
+        chunks = [[*read_chunks(source, 0, share, n_shares, 0)] for share in range(n_shares)]
+        shares = [[d for chunk in its for d in chunk if isinstance(d, Tokenized)] for its in chunks]
+        assert sorted(d.hash for its in shares for d in its) == list(range(1, 961))
+        for its in shares:
+            assert [d.ids.tolist() for d in its] == [[[9, 2, 3], [9, 0, 1]][d.hash % 2] for d in its]
+            assert sum(d.hash % 2 for d in its) / len(its) == pytest.approx(0.5, abs=0.15)
 
 
 def test_a_saved_position_in_the_text_is_none_in_the_shards(made: Made) -> None:

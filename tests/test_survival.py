@@ -21,7 +21,7 @@ import pytest
 from checkpoint import DiskError, _remove_old, open_run
 from errors import explain
 from metrics import MetricsFile, read_metrics
-from tests.test_train import ROOT, Runs, weights
+from tests.test_train import ROOT, Runs, seal_again, weights
 
 
 def children_of(process: subprocess.Popen[str]) -> list[int]:
@@ -209,7 +209,14 @@ def test_a_run_goes_on_with_other_data_only_when_told_to_and_only_once(runs: Run
     assert [r["step"] for r in runs.records("turning") if r["kind"] == "train"] == list(range(1, 21))
     out, _ = runs("turning", *other, "--restart_data", "--train.max_steps", "22")  # as start.sh repeats it
     assert "begin anew" not in out
-    other += ["--restart_data", "--train.max_steps", "22", "--data.bpe_vocab_size", "600"]
+    state = runs.checkpoint("turning", 22) / "state.json"  # as of code that divided files otherwise
+    state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+    seal_again(state.parent)
+    _, err = runs("turning", *other, "--train.max_steps", "24", code=3)
+    assert "its format changed" in err
+    out, _ = runs("turning", *other, "--restart_data", "--train.max_steps", "24")
+    assert "its documents begin anew" in out
+    other += ["--restart_data", "--train.max_steps", "24", "--data.bpe_vocab_size", "600"]
     _, err = runs("turning", *other, code=4)
     assert "data.bpe_vocab_size 512 -> 600" in err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoint import _digest, newest_checkpoint
 from metrics import Meter, MetricsFile, amount, log_line, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,6 +246,14 @@ def test_a_diverging_run_stops_before_the_update_and_exits_5(runs: Runs) -> None
     assert "neither applied nor saved" in status["error"]
 
 
+def seal_again(checkpoint: Path, **changes: object) -> None:
+    """Make the manifest of a checkpoint fit its changed state.json, with other changes of the manifest itself."""
+    path, state = checkpoint / "manifest.json", (checkpoint / "state.json").read_bytes()
+    manifest = json.loads(path.read_text()) | changes
+    manifest["files"]["state.json"] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    path.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}))
+
+
 def test_epochs_end_the_run_when_the_documents_are_used_up(runs: Runs, tmp_path: Path) -> None:
     documents = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": f"document {i} says " + "word " * (20 + i % 50)}) for i in range(200)]
@@ -260,6 +270,18 @@ def test_epochs_end_the_run_when_the_documents_are_used_up(runs: Runs, tmp_path:
         assert "complete at step" in out
     # 4 streams: each stream's first token is no target; all others are, in each epoch.
     assert tokens[1] + 4 == 2 * (tokens[0] + 4)
+    saved = ("--train.max_steps", "0", "--train.epochs", "1", "--train.save_every", "1", "--train.eval_every", "1000")
+    runs("saved", *local, *saved)  # at its last step before it is known to be the last
+    last = newest_checkpoint(runs.folder / "saved")
+    assert last
+    assert last.val_loss == runs.records("saved")[-2]["datasets"]["all"]["loss"]
+    seal_again(last.path, val_loss=None)
+    for _ in range(2):  # as if it had been killed before it was validated; then it is done
+        runs("saved", *local, *saved, "--resume")
+        assert newest_checkpoint(runs.folder / "saved") == last
+    assert sum(record["kind"] == "validation" for record in runs.records("saved")) == 2
+    _, err = runs("saved", *local, *saved, "--resume", "--train.max_steps", "5", code=2)
+    assert "repeat the options of the run: --train.max_steps 0 --train.epochs 1\n" in err
     runs("turned", *local, "--train.max_steps", "5", "--train.epochs", "2")
     out, _ = runs("turned", *local, "--train.max_steps", "0", "--train.epochs", "2", "--resume")
     assert f": step 5 to about {lengths[1]}, " in out  # and not to the 5 that were to be all
