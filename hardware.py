@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -147,8 +147,8 @@ def why_not_compile(device: torch.device) -> str | None:
     return None if sys.version_info < (3, 15) else "torch does not support this Python yet"
 
 
-def compile_for_training(model: nn.Module, device: torch.device) -> nn.Module:
-    """torch.compile(model), which on a CPU keeps for the backward pass little but what products of matrices have made.
+def compile_for_training(model: nn.Module, device: torch.device) -> None:
+    """model.compile(), which on a CPU keeps for the backward pass little but what products of matrices have made.
 
     The rest is computed again there (arXiv:1604.06174 does so with everything): a third less is kept, and with
     keep_freed_memory the whole step takes the same time (docs/log.md). On a GPU, unmeasured, the compiler weighs both.
@@ -160,7 +160,9 @@ def compile_for_training(model: nn.Module, device: torch.device) -> nn.Module:
         with torch._functorch.config.patch(aggressive_recomputation=True):
             return compile_fx(graph, inputs)
 
-    return cast(nn.Module, torch.compile(model, backend=sparing if device.type == "cpu" else "inductor"))
+    # Inside DDP it would cut a block into several graphs, to exchange gradients early: a block is early enough.
+    torch._dynamo.config.optimize_ddp = False
+    model.compile(backend=sparing if device.type == "cpu" else "inductor")
 
 
 def keep_freed_memory() -> None:

@@ -161,7 +161,7 @@ def runs_out_of_memory(
         if not any(optimizer.state for optimizer in optimizers):  # made by the first step: at most two numbers a weight
             room = torch.empty(2 * model.parameter_counts()["total"], device=model.device)
         with accelerator.no_sync(trained):
-            accelerator.backward(0.0 * trained(ids, ids.clone()))  # for `ids` twice it would be compiled anew at step 1
+            accelerator.backward(0.0 * trained(ids, ids))
         return False
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if explain(error) is None:

@@ -226,14 +226,12 @@ def train(config: Config) -> int:
         model = model.to(device)
     optimizers = build_optimizers(model, c)
 
-    # `model` stays the plain module, for saving, validating and sampling; `trained` is what the step calls.
-    # (FSDP changes the module in place, so there they are one, and its blocks are compiled in place.)
+    # `model` stays the plain module, for saving, validating and sampling; `trained` is what the step calls: the same,
+    # or several processes' wrapper around it.
     compiled = c.compile and why_not_compile(device) is None
-    if compiled and c.fsdp:
-        for block in model.blocks:
-            block.compile()
-    trained = compile_for_training(model, device) if compiled and not c.fsdp else model
-    trained, *_ = accelerator.prepare(trained, *optimizers)
+    if compiled:
+        compile_for_training(model, device)
+    trained, *_ = accelerator.prepare(model, *optimizers)
 
     step, tokens_seen, seconds_trained, total_steps = 0, 0, 0.0, c.max_steps
     recent_losses: deque[float] = deque(maxlen=100)
@@ -265,9 +263,7 @@ def train(config: Config) -> int:
         f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
     )
-    blocks = ", each block by itself" if c.fsdp else ""
-    on = f"on{blocks}: the first step waits for it"
-    say(f"compile   {on if compiled else why_not_compile(device) or 'off'}")
+    say(f"compile   {'on: the first step waits for it' if compiled else why_not_compile(device) or 'off'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")

@@ -94,13 +94,13 @@ class Ours:
     def __init__(self, config: Config):
         self.model = GPT(config.model.resolved(config.data.n_vocab))
         self.optimizers = build_optimizers(self.model, config.train)
-        self.compiled = compile_for_training(self.model, self.model.device)
+        compile_for_training(self.model, self.model.device)
         assert choose_precision(torch.device("cpu"), config.train.precision) == "bf16"
 
     def step(self, inputs: np.ndarray, targets: np.ndarray, done: int, steps: int) -> None:
         x, y = torch.from_numpy(inputs.copy()).long(), torch.from_numpy(targets.copy()).long()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            nats = self.compiled(x, y)
+            nats = self.model(x, y)
         (nats / y.numel()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

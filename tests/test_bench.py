@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import time_to_loss
 from bench.ablate import effects, factorial, joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +135,29 @@ def test_an_ablation_goes_on_with_further_seeds_and_each_has_the_command_that_it
     assert [entry["contexts"][seed]["command"].partition(" --seeds ")[2][:1] for seed in ("0", "1")] == ["1", "2"]
     assert entry["bits_per_byte"]["0"] != entry["bits_per_byte"]["1"]
     assert f"{sum(entry['bits_per_byte'].values()) / 2:.4f} +- " in said[1]
+
+
+@pytest.mark.parametrize("needed", [1, 9, 10, 11, 26, 30, 131, 560])
+@pytest.mark.parametrize("at", [0, 4])
+def test_the_shortest_run_to_a_loss_is_found_to_one_step_in_forty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, needed: int, at: int
+) -> None:
+    def train(steps: int, seed: int, folder: Path) -> dict[str, float]:
+        return {"steps": steps, "seconds": 2.0 * steps, "bits_per_byte": 5.0 if steps < needed else 1.0}
+
+    monkeypatch.setattr(time_to_loss, "train_ours", train)
+    reached, ours = time_to_loss.fewest_steps(1.5, 0, tmp_path, at)
+    assert reached
+    assert needed <= ours["steps"] <= needed + needed // 40
+
+
+def test_a_loss_that_no_run_gets_to_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        time_to_loss, "train_ours", lambda steps, *_: {"steps": steps, "seconds": 1, "bits_per_byte": 2}
+    )
+    reached, ours = time_to_loss.fewest_steps(1.5, 0, tmp_path, 0)
+    assert not reached
+    assert ours["steps"] == time_to_loss.OUR_STEPS[-1]
 
 
 @pytest.mark.parametrize("words", ["", "nothing", "embedding-norm,nothing"])

@@ -313,8 +313,8 @@ def test_compiled_for_training_a_step_keeps_only_what_products_made() -> None:
     torch.nn.init.normal_(block.attention.wo.weight)  # or no gradient reaches the queries
     ids = torch.randint(128, (B, T), generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
-    kept = bytes_kept(compile_for_training(model, torch.device("cpu")), ids)
-    torch._dynamo.reset()
+    compile_for_training(model, torch.device("cpu"))
+    kept = bytes_kept(model, ids)
     # A token's q, k, v; scores, their mean value; gate and up; and the two additions to the residual stream.
     products = B * T * layers * (3 * D + H * (T * 3 // 4) + D + 2 * F + 2 * D) * 4
     head = (2 * B * T + 128) * D * 4  # its input, and the gradients that HeadLoss makes
@@ -322,7 +322,9 @@ def test_compiled_for_training_a_step_keeps_only_what_products_made() -> None:
 
     compiled = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    assert bytes_kept(model, ids) > 1.5 * kept
+    with torch.compiler.set_stance("force_eager"):
+        assert bytes_kept(model, ids) > 1.5 * kept
+    torch._dynamo.reset()
     for name, p in model.named_parameters():
         torch.testing.assert_close(compiled[name], p.grad, rtol=1e-3, atol=1e-4, msg=name)
 

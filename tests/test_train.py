@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from checkpoint import _digest, newest_checkpoint
+from hardware import why_not_compile
 from metrics import Meter, MetricsFile, amount, log_line, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -350,6 +352,47 @@ def test_two_compiled_processes_train(runs: Runs) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert len(runs.losses("compiled-two")) == 20
+
+
+@pytest.mark.skipif(why_not_compile(torch.device("cpu")) is not None, reason="torch.compile does not work here")
+def test_a_compiled_blocks_gradients_are_exchanged_while_those_before_it_are_computed(tmp_path: Path) -> None:
+    (tmp_path / "exchange.py").write_text(
+        """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from config import GPTConfig
+from hardware import compile_for_training
+from model import GPT
+
+def exchange(state, bucket):
+    events.append("exchange")
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+def watch(module, inputs, output):
+    output.register_hook(lambda gradient: events.append("reached the embedding"))
+
+dist.init_process_group("gloo", init_method="file://" + FOLDER + "/store", rank=0, world_size=1)
+model = GPT(GPTConfig(d_model=64, n_layers=4, n_heads=4, max_length=32).resolved(512))
+compile_for_training(model, model.device)
+model.embedding.register_forward_hook(watch)
+trained = DistributedDataParallel(model, bucket_cap_mb=0.1)
+trained.register_comm_hook(None, exchange)
+ids = torch.randint(512, (4, 32))
+for step in range(2):  # from the second on in the order in which gradients come
+    events = []
+    trained(ids, ids).backward()
+    model.zero_grad()
+before = events.index("reached the embedding")
+print(before, len(events) - 1 - before)
+""".replace("FOLDER", repr(str(tmp_path)))
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "exchange.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before >= 4  # the loss and the last three blocks
+    assert after >= 1  # and the first block's, with the embedding's
 
 
 def test_a_checkpoint_without_its_manifest_is_damaged_and_never_overlooked(runs: Runs, whole: str) -> None:
