@@ -215,7 +215,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0  # clip the global gradient norm to this; 0: never
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"  # auto: the fastest safe one of the hardware
     fsdp: bool = False  # divide weights, gradients and optimizer state among the devices: for a model too large for one
-    compile: bool = True  # whether to torch.compile the model: faster after a minute; on a CPU with a C++ compiler
+    compile: bool = True  # whether to torch.compile the model: faster after half a minute; on a CPU with a C++ compiler
     seed: int = 1337  # initial weights
     log_every: int = 10  # optimizer steps between log lines
     eval_every: int = 500  # optimizer steps between validations; the last step is always validated
