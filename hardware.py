@@ -162,7 +162,7 @@ def compile_for_training(model: nn.Module, device: torch.device) -> None:
 
     # Inside DDP it would cut a block into several graphs, to exchange gradients early: a block is early enough.
     torch._dynamo.config.optimize_ddp = False
-    model.compile(backend=sparing if device.type == "cpu" else "inductor")
+    model.compile(dynamic=False, backend=sparing if device.type == "cpu" else "inductor")
 
 
 def keep_freed_memory() -> None:

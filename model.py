@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
 
-# Rows whose logits are computed at once in training. A CPU wants few, for its caches. A GPU wants more: the product of
-# their gradient with the head has too small a result to fill it, and compiled code keeps each piece's gradient of the
-# head (V, D) to the end, so that memory is least at about sqrt(N D) rows. In fp16 more rows could sum to a gradient
-# beyond 65,504, its largest number: a row adds up to sqrt(D) to a channel.
+# Rows whose logits are computed at once in training. A CPU wants few, for its caches. A GPU wants more: the products of
+# few rows do not fill it, and each piece's gradient of the head (V, D) is added to the sum. In fp16 more rows could sum
+# to a gradient beyond 65,504, its largest number: a row adds up to sqrt(D) to a channel.
 ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA = 1024, 4096
 
 
@@ -108,6 +108,18 @@ class BlockAttention(torch.autograd.Function):
         return torch.cat(grad_q, dim=2), k_sum, v_sum
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed nats, an fp32 scalar, of logits (n, V) and targets (n, 1), where -1 does not count.
+
+    In place the logits become its gradient.
+    """
+    log_p = logits.float().log_softmax(dim=1)
+    counts = targets >= 0
+    is_target = torch.arange(logits.size(1), device=logits.device) == targets
+    logits.copy_((log_p.exp() - is_target.float()) * counts)
+    return -(log_p.gather(1, targets.clamp(min=0)) * counts).sum()
+
+
 class HeadLoss(torch.autograd.Function):
     """Summed cross-entropy of the head's logits, a piece of the rows at a time: all logits are never in memory.
 
@@ -116,7 +128,9 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cross_entropy_: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """x (N, D), weight (V, D), targets (N,), -1 does not count -> nats, an fp32 scalar.
 
         The products are in x's dtype and the sums over the pieces in fp32, so nothing rounds an fp32 weight's gradient.
@@ -126,21 +140,22 @@ class HeadLoss(torch.autograd.Function):
         weight = weight.to(x.dtype)
         rows = ROWS_OF_LOGITS_ON_CUDA if x.is_cuda and x.dtype != torch.float16 else ROWS_OF_LOGITS
         for start in range(0, x.size(0), rows):
-            piece, target = x[start : start + rows], targets[start : start + rows, None]
-            log_p = (piece @ weight.mT).float().log_softmax(dim=1)  # (n, V)
-            counts = target >= 0
-            nats -= (log_p.gather(1, target.clamp(min=0)) * counts).sum()
-            is_target = torch.arange(weight.size(0), device=x.device) == target
-            grad_logits = ((log_p.exp() - is_target.float()) * counts).to(x.dtype)
-            grad_x[start : start + rows] = grad_logits @ weight
-            grad_weight += grad_logits.mT @ piece
+            piece = x[start : start + rows]
+            logits = piece @ weight.mT  # (n, V)
+            nats += cross_entropy_(logits, targets[start : start + rows, None])
+            grad_x[start : start + rows] = logits @ weight
+            if x.dtype == torch.float32:
+                torch.addmm(grad_weight, logits.mT, piece, out=grad_weight)  # without another (V, D)
+            else:
+                grad_weight += logits.mT @ piece
+            del logits  # or the next piece's would be beside them
         ctx.save_for_backward(grad_x, grad_weight)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_nats.to(grad_x.dtype), grad_weight * grad_nats, None
+        return grad_x * grad_nats.to(grad_x.dtype), grad_weight * grad_nats, None, None
 
 
 class KVCache:
@@ -265,6 +280,7 @@ class GPT(nn.Module):
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.cross_entropy_ = cross_entropy_
         self.init_rotary()
         self.init_weights()
 
@@ -333,25 +349,22 @@ class GPT(nn.Module):
             x = x[:, -1:]
         if packed is not None:
             x = x[packed.at]
-        if targets is not None:
-            return self.loss(x, targets, products)
-        logits: Tensor = self.head(self.final_norm(x))
-        return logits
-
-    def loss(self, x: Tensor, targets: Tensor, products: torch.dtype) -> Tensor:
-        """The last block's x (B, T, D) and targets (B, T) -> the summed nats; products are computed in that format."""
-        x = self.final_norm(x).flatten(0, 1).to(products)
-        return HeadLoss.apply(x, self.head.weight, targets.flatten())
+        x = self.final_norm(x)
+        if targets is None:
+            logits: Tensor = self.head(x)
+            return logits
+        x = x.flatten(0, 1).to(products)
+        return HeadLoss.apply(x, self.head.weight, targets.flatten(), self.cross_entropy_)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """torch.compile, with its arguments, in place: a graph of a block, which all blocks share, and one of the loss.
+        """torch.compile, with its arguments, in place: a graph of a block, which all blocks share, and the loss.
 
         A graph of the whole model saves 0.5% of a step and compiles each layer anew (docs/log.md); and where several
         processes share a step, a block's gradients are exchanged while those before it are still being computed.
         """
         for block in self.blocks:
             block.compile(*args, **kwargs)
-        self.loss = torch.compile(self.loss, *args, **kwargs)  # type: ignore[method-assign]
+        self.cross_entropy_ = torch.compile(cross_entropy_, *args, **kwargs)
 
     @property
     def device(self) -> torch.device:

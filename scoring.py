@@ -147,7 +147,7 @@ def answers_of(
 
     Raises DataError, NonFiniteError.
     """
-    # Ids that the model reads at once: model.py's figures for rows of logits, whose reasons are the same here.
+    # Ids that the model reads at once, as in training: few on a CPU, for its caches, and enough to fill a GPU.
     tokens = ROWS_OF_LOGITS_ON_CUDA if model.device.type == "cuda" else ROWS_OF_LOGITS
     questions = rows_of(documents, model)
     if not model.shares:
