@@ -215,7 +215,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0  # clip the global gradient norm to this; 0: never
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"  # auto: the fastest safe one of the hardware
     fsdp: bool = False  # divide weights, gradients and optimizer state among the devices: for a model too large for one
-    compile: bool = True  # whether to torch.compile the model: faster after half a minute; on a CPU with a C++ compiler
+    compile: bool = True  # whether to torch.compile the model: faster after a minute; on a CPU with a C++ compiler
     seed: int = 1337  # initial weights
     log_every: int = 10  # optimizer steps between log lines
     eval_every: int = 500  # optimizer steps between validations; the last step is always validated
@@ -308,7 +308,7 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     resume: bool = False  # continue the run from its newest complete checkpoint; start it if there is none
-    restart_data: bool = False  # resume with other datasets or shares: the run goes on, its documents begin anew
+    restart_data: bool = False  # resume with other datasets, shares or order: the run goes on, its documents begin anew
     # start a new run with the weights, model settings and tokenizer of this run, checkpoint or model of Hugging Face's
     init_from: str = ""
 

@@ -129,11 +129,12 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cross_entropy_: Callable[[Tensor, Tensor], Tensor]
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, nats_and_gradient: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """x (N, D), weight (V, D), targets (N,), -1 does not count -> nats, an fp32 scalar.
 
-        The products are in x's dtype and the sums over the pieces in fp32, so nothing rounds an fp32 weight's gradient.
+        nats_and_gradient: cross_entropy_, compiled or not. The products are in x's dtype and the sums over the pieces
+        in fp32, so nothing rounds an fp32 weight's gradient.
         """
         nats = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
@@ -142,7 +143,7 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, x.size(0), rows):
             piece = x[start : start + rows]
             logits = piece @ weight.mT  # (n, V)
-            nats += cross_entropy_(logits, targets[start : start + rows, None])
+            nats += nats_and_gradient(logits, targets[start : start + rows, None])
             grad_x[start : start + rows] = logits @ weight
             if x.dtype == torch.float32:
                 torch.addmm(grad_weight, logits.mT, piece, out=grad_weight)  # without another (V, D)
@@ -359,8 +360,8 @@ class GPT(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile, with its arguments, in place: a graph of a block, which all blocks share, and the loss.
 
-        A graph of the whole model saves 0.5% of a step and compiles each layer anew (docs/log.md); and where several
-        processes share a step, a block's gradients are exchanged while those before it are still being computed.
+        A graph of the whole model saves 0.5% of a step (a CPU, fp32) and compiles each layer anew (docs/log.md); and
+        where several processes share a step, a block's gradients are exchanged while those before it are computed.
         """
         for block in self.blocks:
             block.compile(*args, **kwargs)

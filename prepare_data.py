@@ -48,7 +48,7 @@ from sources import Document, EmptyStream, Source, Tokenized, read_shard_setting
 from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 _BPE_BYTES = 20_000_000  # of text that a tokenizer is trained on, at most
 
 
@@ -307,7 +307,7 @@ class DatasetPrep:
         if changed := self.changed_since(state):
             raise StateMismatch(
                 f"the saved data position does not fit: {', '.join(changed)} changed; "
-                f"use the data and settings of the saved run, start a new one with another --train.run_name, or "
+                f"use the data, settings and code of the saved run, start a new one with another --train.run_name, or "
                 f"continue with --restart_data"
             )
         for v, stream in self._streams.items():
@@ -321,7 +321,7 @@ class DatasetPrep:
         if changed := [key for key, value in self.identity().items() if saved.get(key) != value]:
             return changed
         if state.get("format") != STATE_FORMAT:
-            return ["its format"]
+            return ["the code's order of documents"]
         fits = all(self._is_position(state["streams"].get(str(v))) for v in self._streams)
         return [] if fits else ["the streams it holds"]
 
@@ -456,7 +456,7 @@ class DatasetPrep:
 
     def _mean_length(self, source: Source, sample: int) -> float:
         """Mean tokens of a record, by a sample. Files may differ, and their ends from their beginnings: of local ones
-        it is from all, every k-th record; or from 20 drawn by their bytes (Hansen and Hurwitz, 1943)."""
+        it is from all, one of every k records; or from 20 drawn by their bytes (Hansen and Hurwitz, 1943)."""
         c = dataclasses.replace(self.config, max_samples=0)
 
         def mean(of: Source, n: int, every: int = 1) -> float:

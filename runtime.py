@@ -194,6 +194,7 @@ def like(config: Config, parent: Config) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
+@torch.compiler.set_stance("force_eager")  # one row is another shape, and to compile it may take memory
 def name_suspects(
     run_dir: Path,
     step: int,

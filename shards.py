@@ -32,7 +32,7 @@ from hub import DataError, check_stop, reader
 from sources import SHARD_INDEX, Source, Tokenized, document_hash, read_shard_settings
 from tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -280,8 +280,9 @@ def files_of_share(sizes: Sequence[int], share: int, n_shares: int) -> list[tupl
 def read_chunks(source: Source, file: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
     """The chunks of one file, from chunk `start` on, that belong to `share` of `n_shares` (0 of 1: all).
 
-    Parquet files are read by row group, whose others are not even fetched; in line files, what comes before
-    `start` has to be read over. Raises TextFieldMissing, CorruptRecord, or an error of the network or the disk.
+    Parquet files are read by row group; of a file with many, those of other shares are not even fetched. In line
+    files, what comes before `start` has to be read over. Raises TextFieldMissing, CorruptRecord, or an error of the
+    network or the disk.
     """
     path, size = source.files[file], source.sizes[file]
     if path.endswith(".bin"):
@@ -292,11 +293,20 @@ def read_chunks(source: Source, file: int, share: int, n_shares: int, start: int
 
 
 def row_of(turn: int, share: int, n_shares: int) -> int:
-    """The row of a file that is a share's in a turn of n_shares rows: which of them is by a hash of the turn. In a file
-    with a period, such as a question and its answer, no share then has the questions alone."""
+    """The row of a file that is a share's in a turn of n_shares rows: which of them is by a hash of the turn.
+
+    In a file with a period, such as a question and its answer, no share then has the questions alone. (Whoever changes
+    this order gives STATE_FORMAT and shards.FORMAT another number.)
+    """
     x = turn * 2654435769 % 2**32
     x = (x ^ x >> 15) * 2246822519 % 2**32
     return turn * n_shares + (share + (x * n_shares >> 32)) % n_shares
+
+
+def _numbers_of(share: int, n_shares: int, first: int, n: int) -> list[int]:
+    """Which rows (or row groups) from `first` to before first + n are a share's, ascending."""
+    turns = range(first // n_shares, (first + n) // n_shares + 1)
+    return [row for turn in turns if first <= (row := row_of(turn, share, n_shares)) < first + n]
 
 
 def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
@@ -304,8 +314,9 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
     names = footer.schema.to_arrow_schema().names
     if source.text_field not in names:
         raise TextFieldMissing(_missing(source.text_field, names, path))
-    by_group = footer.num_row_groups >= 8 * n_shares  # else shares might be very unequal
-    groups = range(share, footer.num_row_groups, n_shares) if by_group else range(footer.num_row_groups)
+    n_groups = footer.num_row_groups
+    by_group = n_groups >= 8 * n_shares  # else shares might be very unequal
+    groups = _numbers_of(share, n_shares, 0, n_groups) if by_group else [*range(n_groups)]
     # No threads of Arrow's: one that is reading from Python while the interpreter exits aborts the process.
     with closing(pq.ParquetFile(_open(path, size), metadata=footer, pre_buffer=False)) as file:
         first_row = 0
@@ -325,9 +336,7 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
                     ) from None
                 texts = [_checked(text, path, f"row group {group}") for text in column]
                 if not by_group:
-                    turns = range(first_row // n_shares, (first_row + len(texts)) // n_shares + 1)
-                    places = [row_of(turn, share, n_shares) - first_row for turn in turns]
-                    texts = [texts[i] for i in places if 0 <= i < len(texts)]
+                    texts = [texts[row - first_row] for row in _numbers_of(share, n_shares, first_row, len(texts))]
                 yield texts
             first_row += footer.row_group(group).num_rows
 

@@ -226,8 +226,7 @@ def train(config: Config) -> int:
         model = model.to(device)
     optimizers = build_optimizers(model, c)
 
-    # `model` stays the plain module, for saving, validating and sampling; `trained` is what the step calls: the same,
-    # or several processes' wrapper around it.
+    # `model` is what is saved, validated and sampled; `trained` is what the step calls: the same, or DDP's wrapper.
     compiled = c.compile and why_not_compile(device) is None
     if compiled:
         compile_for_training(model, device)
@@ -245,8 +244,9 @@ def train(config: Config) -> int:
         undone.update({int(key): n for key, n in state.get("undone", {}).items()})
         if config.restart_data and data.changed_since(state["data"]):
             first_data_step = step
-            say(f"data      changed since step {step}: its documents begin anew")
-        else:
+            all_of_them = "" if c.max_steps else f", for all {c.epochs} epochs"
+            say(f"data      changed since step {step}: its documents begin anew{all_of_them}")
+        elif not 0 < c.max_steps <= step:  # of a finished run none will be read
             data.load_state_dict(state["data"])
             first_data_step = state.get("first_data_step", 0)
             if not c.max_steps and state["epochs"] == c.epochs:
@@ -298,7 +298,7 @@ def train(config: Config) -> int:
         config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
         c = config.train
         say(f"memory    too little for that; now {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated")
-        torch.compiler.reset()  # or it would compile for any number of rows, which is slower
+        torch.compiler.reset()  # or after eight sizes it would compile no more
     seconds_trained += time.perf_counter() - started  # most of it is compiling
     if is_main:
         write_json(run_dir / "config.json", config.to_dict())

@@ -45,6 +45,7 @@ from hardware import (
     allow_tf32,
     best_dtype,
     choose_precision,
+    compile_for_training,
     default_device,
     describe,
     peak_flops,
@@ -234,8 +235,10 @@ def training_speed(box: Box, config: Config, rows: int, compiled: bool) -> dict[
     model = GPT(config.model.resolved(config.data.n_vocab)).to(box.device)
     T, V = config.model.max_length, model.config.vocab_size
     x, y = torch.randint(0, V, (2, rows, T), device=box.device)
-    if compiled:
-        model.compile(backend="aot_eager" if box.rehearse else "inductor")
+    if compiled and box.rehearse:
+        model.compile(backend="aot_eager")
+    elif compiled:
+        compile_for_training(model, box.device)
 
     def micro_step() -> None:
         with torch.autocast(box.device.type, dtype=box.dtype, enabled=box.dtype != torch.float32):

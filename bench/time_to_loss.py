@@ -6,8 +6,8 @@ run prefers a higher one than a long run: so the two best of a quarter of the ti
 demo's own rows (tokenizer, mix, context, held-out documents) and has the demo's depth, width and batch. It trains for
 so many seconds, compilation counted, validation not. Then ours: `train.py --preset demo --train.max_steps N`,
 compilation counted, with the least N (to one in forty) after which its held-out bits per byte are at or under the
-peer's. With the default settings it adds to results/bench/time_to_loss.json, or time_to_loss_fp32.json of a processor
-without bf16.
+peer's. (Of both, torch's cache has the compiled code after their first run.) With the default settings it adds to
+results/bench/time_to_loss.json, or time_to_loss_fp32.json of a processor without bf16.
 """
 
 from __future__ import annotations

@@ -104,7 +104,10 @@ def residual_scalars() -> None:
 
 
 def first_input_shortcut() -> None:
-    """x0 of modded-nanogpt: each block also gets the embedding again, by a learned share. Not exportable."""
+    """x0 of modded-nanogpt: each block also gets the embedding again, by a learned share. Not exportable.
+
+    With --train.no_compile: the first layer differs, so each would be compiled by itself.
+    """
     plain_init, plain = Block.__init__, Block.forward
     first: list[Tensor] = []
 

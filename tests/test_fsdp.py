@@ -159,7 +159,9 @@ def test_dividing_among_one_process_is_refused_in_one_line(runs: Runs) -> None:
 @pytest.mark.slow
 def test_a_divided_run_compiles_each_block_and_learns_like_one_process(runs: Runs, alone: str) -> None:
     command = [part for part in runs.command("compiled", *SMALL, *FSDP, processes=2) if part != "--train.no_compile"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    environment = os.environ | {"TORCH_LOGS": "recompiles"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr
     assert "compile   on" in done.stdout
+    assert "Recompiling" not in done.stderr  # a block's code is that of all
     assert runs.losses("compiled") == pytest.approx(runs.losses("alone"), rel=0.02)

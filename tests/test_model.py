@@ -340,6 +340,34 @@ def test_compiled_for_training_a_step_keeps_only_what_products_made() -> None:
         torch.testing.assert_close(compiled[name], p.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.skipif(why_not_compile(torch.device("cpu")) is not None, reason="torch.compile does not work here")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_for_training_a_model_has_the_eager_ones_gradients_whatever_the_last_piece_of_its_head(
+    checkpointing: bool,
+) -> None:
+    shape = GPTConfig(d_model=32, n_layers=3, n_heads=2, max_length=256).resolved(128)
+    assert 5 * 256 % ROWS_OF_LOGITS
+    ids = torch.randint(128, (5, 256), generator=torch.Generator().manual_seed(0))
+    results, kept = [], []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = GPT(shape)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        model.activation_checkpointing = checkpointing
+        if compiled:
+            compile_for_training(model, torch.device("cpu"))
+        kept.append(bytes_kept(model, ids))
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    torch._dynamo.reset()
+    for name, gradient in results[0].items():
+        assert gradient is not None
+        assert (results[1][name] - gradient).norm() < 1e-4 * gradient.norm(), name
+    if checkpointing:  # of a block its input, as in eager code
+        assert kept[1] == pytest.approx(kept[0], rel=0.02)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 2500])
 def test_head_loss_is_cross_entropy_with_the_same_gradients_whatever_the_number_of_pieces(rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
