@@ -194,7 +194,6 @@ def like(config: Config, parent: Config) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
-@torch.compiler.set_stance("force_eager")  # one row is another shape, and to compile it may take memory
 def name_suspects(
     run_dir: Path,
     step: int,
@@ -209,7 +208,8 @@ def name_suspects(
     rows = np.concatenate([batch.inputs, batch.targets[:, -1:].clip(min=0)], axis=1)
     losses, problem = [None] * len(rows), ""
     try:
-        with accelerator.autocast():
+        # One row is another shape, and to compile for it may take memory.
+        with torch.compiler.set_stance("force_eager"), accelerator.autocast():
             score = score_rows(model, rows, token_byte_length, batch_size=1)
         losses = (score.nats / score.tokens).tolist()
     except (RuntimeError, MemoryError) as error:
