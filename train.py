@@ -236,17 +236,20 @@ def train(config: Config) -> int:
     recent_losses: deque[float] = deque(maxlen=100)
     undone: Counter[int] = Counter()  # spikes, by the step of the checkpoint that they led back to
     first_data_step = 0  # where the documents began: not at 0 if --restart_data changed them
+    finished = state is not None and 0 < c.max_steps <= state["step"]
     if newest and state:
         check_same_run(newest.path, config)
         load_training_state(newest.path, model, optimizers)
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
         recent_losses.extend(state.get("recent_losses", []))
         undone.update({int(key): n for key, n in state.get("undone", {}).items()})
-        if config.restart_data and data.changed_since(state["data"]):
+        if finished:
+            pass  # no document is read any more
+        elif config.restart_data and data.changed_since(state["data"]):
             first_data_step = step
             all_of_them = "" if c.max_steps else f", for all {c.epochs} epochs"
             say(f"data      changed since step {step}: its documents begin anew{all_of_them}")
-        elif not 0 < c.max_steps <= step:  # of a finished run none will be read
+        else:
             data.load_state_dict(state["data"])
             first_data_step = state.get("first_data_step", 0)
             if not c.max_steps and state["epochs"] == c.epochs:
@@ -279,7 +282,7 @@ def train(config: Config) -> int:
         was, now = (c.lr * lr_factor_at(step, n, warmup_steps, c) for n in (state["total_steps"], total_steps))
         before = f"before of {state['total_steps']:,}"
         say(f"schedule  of {total_steps:,} steps, {before}: from lr {was:.1e} to {now:.1e} at once")
-    if 0 < c.max_steps <= step:
+    if finished:
         say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
         if is_main:
             write_status(run_dir, "complete", step, exit_code=0)

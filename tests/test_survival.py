@@ -212,8 +212,10 @@ def test_a_run_goes_on_with_other_data_only_when_told_to_and_only_once(runs: Run
     state = runs.checkpoint("turning", 22) / "state.json"  # as of code that divided files otherwise
     state.write_text(state.read_text().replace('"format": 3', '"format": 1'))
     seal_again(state.parent)
-    out, _ = runs("turning", *other, "--train.max_steps", "22")
-    assert "complete at step 22; nothing to do" in out
+    for again in ((), ("--restart_data",)):
+        out, _ = runs("turning", *other, *again, "--train.max_steps", "22")
+        assert "complete at step 22; nothing to do" in out
+        assert "begin anew" not in out
     _, err = runs("turning", *other, "--train.max_steps", "24", code=3)
     assert "the code's order of documents changed" in err
     out, _ = runs("turning", *other, "--restart_data", "--train.max_steps", "24")
