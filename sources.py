@@ -303,10 +303,10 @@ def row_of(turn: int, share: int, n_shares: int) -> int:
     return turn * n_shares + (share + (x * n_shares >> 32)) % n_shares
 
 
-def _numbers_of(share: int, n_shares: int, first: int, n: int) -> list[int]:
-    """Which rows (or row groups) from `first` to before first + n are a share's, ascending."""
-    turns = range(first // n_shares, (first + n) // n_shares + 1)
-    return [row for turn in turns if first <= (row := row_of(turn, share, n_shares)) < first + n]
+def _numbers_of(share: int, n_shares: int, start: int, stop: int) -> list[int]:
+    """Which of the rows (or row groups) range(start, stop) are a share's, ascending."""
+    turns = range(start // n_shares, -(-stop // n_shares))
+    return [row for turn in turns if start <= (row := row_of(turn, share, n_shares)) < stop]
 
 
 def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
@@ -336,7 +336,8 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
                     ) from None
                 texts = [_checked(text, path, f"row group {group}") for text in column]
                 if not by_group:
-                    texts = [texts[row - first_row] for row in _numbers_of(share, n_shares, first_row, len(texts))]
+                    rows = _numbers_of(share, n_shares, first_row, first_row + len(texts))
+                    texts = [texts[row - first_row] for row in rows]
                 yield texts
             first_row += footer.row_group(group).num_rows
 
@@ -378,8 +379,8 @@ def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[
             f"{path} holds {len(ids)} tokens, not the {ends[-1]} of its index; remove and make it again"
         )
     for chunk in itertools.count(start):
-        turns = range(chunk * SHARD_CHUNK, (chunk + 1) * SHARD_CHUNK)
-        rows = [row for turn in turns if (row := row_of(turn, share, n_shares)) < len(index)]
+        first = chunk * SHARD_CHUNK * n_shares
+        rows = _numbers_of(share, n_shares, first, min(first + SHARD_CHUNK * n_shares, len(index)))
         if not rows:
             return
         begin = int(ends[rows[0] - 1]) if rows[0] else 0
