@@ -388,10 +388,7 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
         config.data = DataConfig(tokenizer=name, bpe_vocab_size=tokenizer.n_vocab)
         model = _empty_model(config, tokenizer)
         tensors = {name: tensor for file in files for name, tensor in _read_tensors(path / file).items()}
-        weights = from_hub_weights(tensors, config.model)
-        if config.model.tie_embeddings:
-            weights["head.weight"] = weights["embedding.weight"]
-        model.load_state_dict(weights)
+        copy_weights(model, from_hub_weights(tensors, config.model))
     except (ConfigError, RuntimeError) as error:  # RuntimeError: of another shape
         raise CheckpointError(f"{path} cannot be imported: {error}") from None
     except (LookupError, TypeError, AttributeError) as error:
@@ -414,15 +411,18 @@ def load_weights(model: GPT, path: Path) -> None:
     """Copy a checkpoint's weights into a model of the same shape."""
     tensors = _read_tensors(path / "model.safetensors")
     try:
-        if model.config.tie_embeddings:
-            tensors["head.weight"] = tensors["embedding.weight"]
         copy_weights(model, tensors)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path} holds other weights than its config.json says ({error})") from None
 
 
 def copy_weights(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Fill a model, divided by FSDP or not, with weights by name. Raises RuntimeError when shapes or names differ."""
+    """Fill a model, divided by FSDP or not, with weights by name; a tied head's are the embedding's.
+
+    Raises RuntimeError when shapes or names differ, KeyError without an embedding for a tied head.
+    """
+    if model.config.tie_embeddings:
+        weights = weights | {"head.weight": weights["embedding.weight"]}
     own = model.state_dict()
     model.load_state_dict({name: _divided_like(own.get(name), tensor) for name, tensor in weights.items()})
 
@@ -438,28 +438,24 @@ def read_state(path: Path) -> dict[str, Any]:
 
 _STATE = {
     "step": int, "total_steps": int, "epochs": int, "rows_per_step": int, "tokens_seen": int, "seconds_trained": float,
-    "data": dict,
+    "recent_losses": list, "undone": dict, "first_data_step": int, "data": dict,
 }  # fmt: skip
 
 
 def load_training_state(path: Path, model: GPT, optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Put weights and optimizer state back. Raises CheckpointError for state of another model."""
     load_weights(model, path)
-    tensors = _read_tensors(path / "optimizer.safetensors")
     parameter_of = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        own = parameter_of.get(key.rpartition("/")[0])
-        if own is None or (tensor.dim() and tensor.shape != own.shape):
+    optimizer_of = {
+        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    for key, tensor in _read_tensors(path / "optimizer.safetensors").items():
+        name, _, state_name = key.rpartition("/")
+        parameter = parameter_of.get(name)
+        if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
             raise CheckpointError(f"{path} holds optimizer state {key} of another model than its config.json says")
-    for optimizer in optimizers:
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for key, tensor in tensors.items():
-            name, _, state_name = key.rpartition("/")
-            if id(parameter_of[name]) in owned:
-                # Counters such as AdamW's "step" stay where the optimizer wants them: on the device when fused.
-                parameter = parameter_of[name]
-                state = tensor.to(parameter.device)
-                optimizer.state[parameter][state_name] = _divided_like(parameter, state) if state.dim() else state
+        state = tensor.to(parameter.device)  # counters such as AdamW's "step" too: a fused one wants them there
+        optimizer_of[parameter].state[parameter][state_name] = _divided_like(parameter, state) if state.dim() else state
 
 
 def _divided_like(parameter: Any, whole: Tensor) -> Tensor:

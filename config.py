@@ -182,7 +182,7 @@ class GPTConfig:
         )
         head_dim = self.head_dim or self.d_model // self.n_heads
         _require(
-            head_dim > 0 and head_dim % 2 == 0,
+            head_dim % 2 == 0,
             f"model.head_dim is {head_dim} (0: d_model / n_heads); rotary positions need an even number, "
             f"try {head_dim + 1}",
         )

@@ -35,7 +35,7 @@ def is_held_out(document: Document, fraction: float, hash_range: tuple[int, int]
     return document_hash(document) < min(max(fraction * 2**64, lowest + 1), highest)
 
 
-def key_of(*parts: object) -> random.Random:
+def rng_of(*parts: object) -> random.Random:
     """A random generator that depends on these parts only: counter-based, so that no generator state is saved."""
     return random.Random(hashlib.sha256(repr(parts).encode()).digest())
 
@@ -63,7 +63,7 @@ class DocumentStream:
         self._stream, self._n_streams = stream, n_streams
         self.n_empty = 0
         self._files = files_of_share(source.sizes, stream, n_streams)
-        key_of(config.seed, source.name, stream).shuffle(self._files)
+        rng_of(config.seed, source.name, stream).shuffle(self._files)
         self._quota = (config.max_samples + n_streams - 1 - stream) // n_streams if config.max_samples else sys.maxsize
         self.seek([0, 0, 0, 0, 0])
 
@@ -111,7 +111,7 @@ class DocumentStream:
             documents += more or []
         self._next = (file, chunk)
         documents = documents[: self._quota - (self._drawn - self._offset)]
-        key_of(self._config.seed, self.source.name, self._stream, self._epoch, self._file, self._chunk).shuffle(
+        rng_of(self._config.seed, self.source.name, self._stream, self._epoch, self._file, self._chunk).shuffle(
             documents
         )
         return documents

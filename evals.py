@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--compare is of tasks, and none of this model's is measured; name some with --tasks")
     if not (path or names or arguments.held_out_of or read_results(output).get("tasks")):
         raise ConfigError(
-            "there is nothing to measure: a model of Hugging Face's holds nothing out; name --tasks, or --held_out_of"
+            f"there is nothing to measure: {arguments.checkpoint} is no run's folder here, and a model of Hugging "
+            f"Face's holds nothing out; mend the path, or name --tasks, or --held_out_of"
         )
 
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=1))
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = _from_here(path) if path else arguments.checkpoint
     say(f"{shown} | {millions:.1f}M parameters | {precision} | {describe(device)}{by}")
 
-    if run := find_checkpoint(Path(arguments.held_out_of).expanduser()) if arguments.held_out_of else path:
+    if run := find_checkpoint(Path(arguments.held_out_of)) if arguments.held_out_of else path:
         if not isinstance(subject, OwnModel):
             raise ConfigError("--held_out_of is for models in our GPT, and this one is in transformers; leave it out")
         if is_hub_model(run):

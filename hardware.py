@@ -191,10 +191,13 @@ def describe(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
+    names = [line.partition(":")[2].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def lines_of(path: str) -> list[str]:
+    """Of a file in which Linux tells of itself; none on another system."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        return Path(path).read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return []

@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from config import Config
 from errors import ConfigError
-from hardware import best_dtype, default_device
+from hardware import best_dtype, default_device, lines_of
 from model import GPT
 from optim import build_optimizers
 
@@ -142,21 +141,14 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
-    lines = _lines("/proc/meminfo")
+    lines = lines_of("/proc/meminfo")
     free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]  # with caches
-    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
-    inactive = [int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if "inactive_file " in line]
+    limit, used = lines_of("/sys/fs/cgroup/memory.max"), lines_of("/sys/fs/cgroup/memory.current")
+    inactive = [int(line.split()[1]) for line in lines_of("/sys/fs/cgroup/memory.stat") if "inactive_file " in line]
     most = max(free)
     if limit and used and limit[0] != "max":
         most = min(most, int(limit[0]) - int(used[0]) + sum(inactive))
     return most
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def fitting_batch_size(config: Config, rows: int, usable: int, devices: int = 1) -> int:

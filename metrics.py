@@ -219,11 +219,9 @@ class Meter:
 
     def add(self, tokens: int, seconds: float, waited: float) -> None:
         """One step's tokens, its seconds, and how many of them it waited for data."""
-        self._tokens, self._seconds, self._waited = (
-            self._tokens + tokens,
-            self._seconds + seconds,
-            self._waited + waited,
-        )
+        self._tokens += tokens
+        self._seconds += seconds
+        self._waited += waited
 
     def pause(self, every: int, work: Callable[[], T]) -> T:
         """work(), which comes every so many steps and at the end."""

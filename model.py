@@ -51,8 +51,7 @@ class RMSNorm(nn.Module):
 def rotary_tables(head_dim: int, length: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, K/2) fp32: the angle of position t and channel pair i is t * base^(-2i/K).
 
-    In fp32 throughout, though fp64 would be nearer: transformers does so, and an imported model's logits are then its
-    to the last bit, where they were off by 1e-4 of 40.
+    In fp32 throughout, as in transformers: an imported model's logits are then its to the last bit.
     """
     frequencies = 1 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
@@ -332,7 +331,7 @@ class GPT(nn.Module):
         if end > self.config.max_length:
             raise ValueError(f"{end} tokens exceed the model's context of {self.config.max_length}")
         here = slice(start, end) if packed is None else packed.positions
-        cos, sin, mask = self.cos[here], self.sin[here], () if packed is None else (packed.mask,)
+        cos, sin, mask = self.cos[here], self.sin[here], None if packed is None else packed.mask
         x = self.embedding(ids)  # (B, T, D)
         autocast = torch.is_autocast_enabled(x.device.type)
         products = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -341,9 +340,9 @@ class GPT(nn.Module):
         again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             if again:
-                x = checkpoint(block, x, cos, sin, cache, layer, *mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, cache, layer, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, cache, layer, *mask)
+                x = block(x, cos, sin, cache, layer, mask)
         if cache is not None:
             cache.seen += T
         if last_only:
@@ -398,17 +397,16 @@ class GPT(nn.Module):
         }
         return counts | {"total": sum(counts.values())}
 
-    def flops_per_token(self, length: int | None = None, training: bool = True) -> int:
-        """Floating-point operations of the matrix products for one token in a row of `length` tokens.
+    def flops_per_token(self, training: bool = True) -> int:
+        """Floating-point operations of the matrix products for one token in a row of max_length tokens.
 
         A multiply-add counts two. Forward: 2 per weight in a product (the embedding is a look-up, the head a
-        product, tied or not) and, for attention, 2 products of H K numbers with the (length + 1) / 2 keys that
+        product, tied or not) and, for attention, 2 products of H K numbers with the (max_length + 1) / 2 keys that
         a causal position sees on average. The backward pass costs twice the forward (arXiv:2204.02311, App. B,
         which counts the masked half of attention as well). Recomputation is not counted.
         """
         c = self.config
-        length = length or c.max_length
         counts = self.parameter_counts()
         weights = counts["attention"] + counts["mlp"] + c.vocab_size * c.d_model
-        attention = c.n_layers * 2 * c.n_heads * c.head_dim * (length + 1)
+        attention = c.n_layers * 2 * c.n_heads * c.head_dim * (c.max_length + 1)
         return (2 * weights + attention) * (3 if training else 1)

@@ -178,11 +178,12 @@ def _measured(config: Config, run: Callable) -> Speed | None:
         out_dir=str(folder), run_name="plan", trackers=(),
     )  # fmt: skip
     is_main = os.environ.get("RANK", "0") == "0"
-    print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
+    if is_main:
+        print(f"measuring {MEASURED_STEPS} steps ...", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             code = run(dataclasses.replace(config, train=few, resume=False, restart_data=False))
-        records = read_metrics(few.run_dir / "metrics.jsonl")
+        records = read_metrics(few.run_dir / "metrics.jsonl") if is_main else []  # which it will remove
     finally:
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -205,7 +206,7 @@ def _warnings(
     config: Config, world_size: int, total_steps: int, tokens: int, counts: dict[str, int], passes: dict[str, float]
 ) -> list[str]:
     found = []
-    ends = counts["embedding"] + counts.get("head", 0)
+    ends = counts["embedding"] + counts["head"]
     if ends > 0.7 * counts["total"]:
         found.append(f"embedding and head are {ends / counts['total']:.0%} of the parameters: a smaller vocabulary?")
     if tokens < 5 * counts["total"]:

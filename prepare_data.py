@@ -20,7 +20,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -39,12 +38,12 @@ from typing import Any, Self
 import numpy as np
 
 from config import DATASETS, RUNS_OPTIONS, Config, DataConfig, load_config
-from documents import DocumentStream, key_of
+from documents import DocumentStream, rng_of
 from errors import ConfigError, exit_code_of
 from files import whole_file, write_json
 from hub import DataError, reader
 from shards import write_shards
-from sources import Document, EmptyStream, Source, Tokenized, read_shard_settings, resolve_source
+from sources import Document, EmptyStream, Source, Tokenized, digest, read_shard_settings, resolve_source
 from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
@@ -66,7 +65,7 @@ class PackedSource:
 
     def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, length: int):
         self.name = documents.source.name
-        self._documents, self._tokenizer, self._length = documents, tokenizer, length
+        self.documents, self._tokenizer, self._length = documents, tokenizer, length
         self.load_state([*documents.position, -1, 0, 0])
 
     def load_state(self, state: Sequence[int]) -> None:
@@ -74,9 +73,9 @@ class PackedSource:
         *position, used, self.n_rows, self.n_documents = state
         self._last_position, self._last_length = position, 0
         self._tail = np.empty(0, dtype=np.uint32)
-        self._documents.seek(position)
+        self.documents.seek(position)
         if used >= 0:
-            document = self._documents.draw()
+            document = self.documents.draw()
             if document is None:
                 raise StateMismatch(
                     f"the run is in a later pass over {self.name} already; use more --train.epochs, or set "
@@ -91,11 +90,6 @@ class PackedSource:
         used = self._last_length - len(self._tail) if self._last_length else -1
         return [*self._last_position, used, self.n_rows, self.n_documents]
 
-    @property
-    def n_empty(self) -> int:
-        """Records without text that were passed over."""
-        return self._documents.n_empty
-
     def next_row(self, row: np.ndarray) -> int:
         """Fill row (T+1,) with the next ids; returns how many: T+1, fewer at the end of the last epoch, 0 when none.
 
@@ -109,8 +103,8 @@ class PackedSource:
             if n == len(row):
                 self._tail = tail[take - 1 :]  # the last id is a target now and an input next
                 break
-            position = self._documents.position
-            document = self._documents.draw()
+            position = self.documents.position
+            document = self.documents.draw()
             if document is None:
                 self._tail = tail[:0]
                 break
@@ -144,7 +138,7 @@ class PackedStream:
     def __init__(self, sources: list[PackedSource], config: DataConfig, stream: int):
         self.sources = sources
         self._probabilities, self._by_tokens = config.dataset_probabilities, config.mix_by == "tokens"
-        phase = key_of(config.seed, "mix", stream)  # so that the streams do not all take the same turn
+        phase = rng_of(config.seed, "mix", stream)  # so that the streams do not all take the same turn
         self._phases = [phase.random() for _ in sources]
 
     def next_row(self, row: np.ndarray) -> tuple[int, int]:
@@ -201,10 +195,10 @@ class DatasetPrep:
         self.config, self._length, self._epochs = config, length, epochs
         self.sources = [resolve_source(name, config) for name in config.current_datasets]
         self.tokenizer = tokenizer or self._load_tokenizer()
-        if tokenizer and config.shards_dir and self._load_tokenizer().fingerprint != tokenizer.fingerprint:
+        if tokenizer and config.shards_dir and self._tokenizer_of_shards().fingerprint != tokenizer.fingerprint:
             raise DataError(
-                f"the shards in {config.shards_dir} are made with another tokenizer than the run; "
-                f"put those that the run was trained on there again"
+                f"the shards in {config.shards_dir} are made with another tokenizer than the run's; "
+                f"put some that are made with its own there, or leave --data.shards_dir out"
             )
         self._rows_per_stream = rows_per_step // config.n_streams
         self._streams = {
@@ -336,7 +330,7 @@ class DatasetPrep:
     def totals(self) -> dict[str, int]:
         """Rows and documents delivered by this process's streams since the run began; records without text it met."""
         states = [state for stream in self._delivered.values() for state in stream]
-        empty = sum(source.n_empty for stream in self._streams.values() for source in stream.sources)
+        empty = sum(source.documents.n_empty for stream in self._streams.values() for source in stream.sources)
         return {"rows": sum(s[-2] for s in states), "documents": sum(s[-1] for s in states), "empty": empty}
 
     def mix(self) -> dict[str, float]:
@@ -344,10 +338,6 @@ class DatasetPrep:
         which = -2 if self.config.mix_by == "tokens" else -1  # all rows have the same number of tokens
         counts = np.array([[state[which] for state in stream] for stream in self._delivered.values()]).sum(axis=0)
         return dict(zip(self.config.current_datasets, (counts / max(1, counts.sum())).tolist(), strict=True))
-
-    def encode(self, document: Document) -> np.ndarray:
-        """A document's ids, with end-of-text first."""
-        return encode(document, self.tokenizer)
 
     def _stream_states(self) -> dict[str, list[list[int]]]:
         return {str(v): [source.state for source in stream.sources] for v, stream in self._streams.items()}
@@ -396,19 +386,21 @@ class DatasetPrep:
             rows_on_disk = np.load(path, mmap_mode="r")
         return rows_on_disk
 
+    def _tokenizer_of_shards(self) -> Tokenizer:
+        path = Path(self.config.shards_dir).expanduser() / "tokenizer.json"
+        tokenizer = _read_tokenizer(path)
+        if tokenizer is None:
+            raise DataError(f"{path} is damaged or missing; make the shards again with prepare_data.py --write_shards")
+        for name in self.config.current_datasets:
+            made_with = (read_shard_settings(path.parent / name) or {}).get("tokenizer")
+            if made_with != tokenizer.fingerprint:
+                raise DataError(f"the shards in {path.parent / name} are made with another tokenizer than {path}")
+        return tokenizer
+
     def _load_tokenizer(self) -> Tokenizer:
         c = self.config
         if c.shards_dir:
-            path = Path(c.shards_dir).expanduser() / "tokenizer.json"
-            tokenizer = _read_tokenizer(path)
-            if tokenizer is None:
-                raise DataError(
-                    f"{path} is damaged or missing; make the shards again with prepare_data.py --write_shards"
-                )
-            for name in c.current_datasets:
-                made_with = (read_shard_settings(path.parent / name) or {}).get("tokenizer")
-                if made_with != tokenizer.fingerprint:
-                    raise DataError(f"the shards in {path.parent / name} are made with another tokenizer than {path}")
+            tokenizer = self._tokenizer_of_shards()
             if (tokenizer.name, tokenizer.n_vocab) != (c.tokenizer, c.n_vocab):
                 raise ConfigError(
                     f"the shards in {c.shards_dir} are made with the tokenizer {tokenizer.name} of {tokenizer.n_vocab} "
@@ -461,10 +453,10 @@ class DatasetPrep:
 
         def mean(of: Source, n: int, every: int = 1) -> float:
             documents = DocumentStream(of, c, stream=0, n_streams=every, epochs=1, held_out=None)
-            lengths = [len(self.encode(document)) for document in itertools.islice(documents, n)]
+            lengths = [len(encode(document, self.tokenizer)) for document in itertools.islice(documents, n)]
             return sum(lengths) / (len(lengths) + documents.n_empty)
 
-        if not source.in_files:
+        if not source.documents_per_file:
             return mean(source, sample)
         sizes, total = source.sizes, 0.0
         drawn = Counter(range(len(sizes)))
@@ -476,8 +468,8 @@ class DatasetPrep:
             its = dataclasses.replace(source, files=(source.files[i],), sizes=(sizes[i],))
             stands_for = times * sum(sizes) / sizes[i] / 20 if len(sizes) > 20 else 1.0  # so many files like it
             with contextlib.suppress(EmptyStream):  # of records without text
-                every = max(1, math.ceil(source.in_files[i] / n_each))
-                total += stands_for * source.in_files[i] * mean(its, n_each, every)
+                every = max(1, math.ceil(source.documents_per_file[i] / n_each))
+                total += stands_for * source.documents_per_file[i] * mean(its, n_each, every)
         return total / source.documents or mean(source, sample)
 
     def _packed(self, source: Source, stream: int) -> PackedSource:
@@ -485,8 +477,7 @@ class DatasetPrep:
         return PackedSource(documents, self.tokenizer, self._length)
 
     def _cached(self, kind: str, key: list[Any], suffix: str) -> Path:
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        return Path(self.config.cache_dir).expanduser() / f"{kind}-{digest}{suffix}"
+        return Path(self.config.cache_dir).expanduser() / f"{kind}-{digest(*key)[:16]}{suffix}"
 
 
 def planned_tokens(name: str, config: DataConfig, documents: int, tokens_per_document: float) -> int:
@@ -578,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths: dict[str, list[int]] = {}
     for source in data.sources:
         stream = DocumentStream(source, config.data, stream=0, n_streams=1, epochs=1)
-        encoded = [data.encode(document) for document in itertools.islice(stream, 1000)]
+        encoded = [encode(document, tokenizer) for document in itertools.islice(stream, 1000)]
         lengths[source.name] = [len(ids) for ids in encoded]
         n_bytes, n_tokens = sum(int(tokenizer.token_byte_length[ids].sum()) for ids in encoded), sum(map(len, encoded))
         print(

@@ -16,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,6 @@ from tokenizer import Tokenizer
 
 # Ids in a row of several questions: attention computes T x T, most of it masked; shorter ones would be filled worse.
 ROW = 128
-
-T = TypeVar("T")
 
 
 class OwnModel:
@@ -155,8 +153,8 @@ def answers_of(
     alone, several = [[rows] for rows in questions if len(rows) == 1], [rows for rows in questions if len(rows) > 1]
     batches = [
         batch
-        for filled in (alone, [*fill(several, ROW)])
-        for batch in portions(sorted(filled, key=length, reverse=True), tokens, length)
+        for filled in (alone, [*fill(several)])
+        for batch in portions(sorted(filled, key=length, reverse=True), tokens)
     ]
     answers: dict[tuple[int, int], Answer] = {}
     for scored in run(lambda batch: score(batch, model), batches):
@@ -175,22 +173,22 @@ def length(documents: list[list[Row]]) -> int:
     return sum(map(size, documents))
 
 
-def fill(documents: list[list[Row]], room: int) -> Iterator[list[list[Row]]]:
-    """Documents that together have at most `room` ids: the largest left, and as many of the smallest as fit."""
+def fill(documents: list[list[Row]]) -> Iterator[list[list[Row]]]:
+    """Documents that together have at most ROW ids: the largest left, and as many of the smallest as fit."""
     left = deque(sorted(documents, key=size, reverse=True))
     while left:
         together = [left.popleft()]
-        while left and length(together) + size(left[-1]) <= room:
+        while left and length(together) + size(left[-1]) <= ROW:
             together.append(left.pop())
         yield together
 
 
-def portions(items: list[T], room: int, size: Callable[[T], int]) -> Iterator[list[T]]:
-    """As many at a time as would fit if all were as large as the first of them."""
-    while items:
-        n = max(1, room // size(items[0]))
-        yield items[:n]
-        items = items[n:]
+def portions(filled: list[list[list[Row]]], tokens: int) -> Iterator[list[list[list[Row]]]]:
+    """As many at a time as would have so many tokens if all were as long as the first of them."""
+    while filled:
+        n = max(1, tokens // length(filled[0]))
+        yield filled[:n]
+        filled = filled[n:]
 
 
 def rows_of(documents: Sequence[Document], model: Model) -> list[list[Row]]:

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -33,16 +32,6 @@ from sources import SHARD_INDEX, Source, Tokenized, document_hash, read_shard_se
 from tokenizer import Tokenizer
 
 FORMAT = 3
-
-
-@dataclass(frozen=True)
-class _Job:
-    source: Source
-    tokenizer: Tokenizer
-    config: DataConfig
-    shard: int
-    n_shards: int
-    path: Path  # of the .bin file
 
 
 def write_shards(
@@ -72,7 +61,7 @@ def write_shards(
         write_json(place / "settings.json", settings)
         paths = [place / f"shard-{i:05d}-of-{n_shards:05d}.bin" for i in range(n_shards)]
         jobs = [
-            _Job(source, tokenizer, config, i, n_shards, path)
+            (source, tokenizer, config, i, n_shards, path)
             for i, path in enumerate(paths)
             if not (path.exists() and path.with_suffix(".npy").exists())
         ]
@@ -87,15 +76,15 @@ def write_shards(
     lock.close()
 
 
-def _in_processes(jobs: list[_Job], processes: int) -> Iterator[None]:
-    """Write these shards, so many at a time; yields as each gets ready."""
+def _in_processes(jobs: list[tuple], processes: int) -> Iterator[None]:
+    """Write these shards, by _write_shard's arguments, so many at a time; yields as each gets ready."""
     spawn = multiprocessing.get_context("spawn")
     stop = spawn.Event()
     pool = ProcessPoolExecutor(processes, spawn, initializer=_begin_process, initargs=(stop,))
     try:
         # The processes start here, and inherit this: Ctrl-C is the first one's business alone.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        work = [pool.submit(_write_shard, job) for job in jobs]
+        work = [pool.submit(_write_shard, *job) for job in jobs]
         signal.signal(signal.SIGINT, interrupt)
         for done in as_completed(work):
             done.result()
@@ -123,20 +112,22 @@ def _begin_process(stop: Event) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_shard(job: _Job) -> None:
-    """Write one shard; its index comes last, so a shard with an index is whole."""
-    dtype = np.uint16 if job.tokenizer.n_vocab <= 2**16 else np.uint32
-    eot = np.array([job.tokenizer.eot_id], dtype=dtype).tobytes()
-    stream = DocumentStream(job.source, job.config, job.shard, job.n_shards, epochs=1, held_out=None)
+def _write_shard(
+    source: Source, tokenizer: Tokenizer, config: DataConfig, shard: int, n_shards: int, path: Path
+) -> None:
+    """Write one shard's .bin file and its index, which comes last: a shard with an index is whole."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    eot = np.array([tokenizer.eot_id], dtype=dtype).tobytes()
+    stream = DocumentStream(source, config, shard, n_shards, epochs=1, held_out=None)
     index: list[tuple[int, int]] = []
     end = 0
-    with whole_file(job.path) as file:
+    with whole_file(path) as file:
         for document in stream:
             assert not isinstance(document, Tokenized)
             check_stop()
-            ids = job.tokenizer.encode(document)
+            ids = tokenizer.encode(document)
             file.write(eot + ids.astype(dtype).tobytes())
             end += 1 + len(ids)
             index.append((end, document_hash(document)))
-    with whole_file(job.path.with_suffix(".npy")) as file:
+    with whole_file(path.with_suffix(".npy")) as file:
         np.save(file, np.array(index, dtype=SHARD_INDEX))

@@ -58,15 +58,16 @@ class CorruptRecord(DataError):
 class Source:
     """A dataset whose files are known.
 
-    files       local paths, or "hf://datasets/<repository>@<commit>/<path>", sorted
-    sizes       their bytes
-    documents   how many there are, about; 0: unknown
-    in_files    and in each file; empty if that is not known
-    tokens      of shards, in all; 0: not known
-    identity    equal for equal content: compared when a run is resumed
-    text_cut    a .txt file of more bytes than the first is cut into documents of about the second
-    hash_range  the lowest and the highest hash of a small source's documents: with its text alone to decide, all
-                of them might be trained on, or held out
+    files               local paths, or "hf://datasets/<repository>@<commit>/<path>", sorted
+    sizes               their bytes
+    documents           how many there are, about; 0: unknown
+    documents_per_file  and in each; empty if that is not known
+    tokens              of shards, in all; 0: not known
+    n_vocab             of shards: their ids are below it
+    identity            equal for equal content: compared when a run is resumed
+    text_cut            a .txt file of more bytes than the first is cut into documents of about the second
+    hash_range          the lowest and the highest hash of a small source's documents: with its text alone to decide,
+                        all of them might be trained on, or held out
     """
 
     name: str
@@ -77,8 +78,9 @@ class Source:
     identity: str
     text_cut: tuple[int, int] = TEXT_CUT
     hash_range: tuple[int, int] = ALL_HASHES
-    in_files: tuple[int, ...] = ()
+    documents_per_file: tuple[int, ...] = ()
     tokens: int = 0
+    n_vocab: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,11 @@ def resolve_source(name: str, config: DataConfig) -> Source:
     sizes = tuple(Path(f).stat().st_size for f in files)
     text_sizes = [size for f, size in zip(files, sizes, strict=True) if f.endswith(".txt")]
     cut = _text_cut(text_sizes) if is_local else TEXT_CUT
-    in_files = _count_documents(files, cut)
+    counts = _count_documents(files, cut)
     # Names and contents, not whole paths: the same run may go on on another machine.
     content = [Path(f).name for f in files], [_content(f) for f in files], text_field
     identity = digest(*content) if cut == TEXT_CUT else digest(*content, cut)
-    source = Source(name, tuple(files), sizes, text_field, sum(in_files), identity, cut, in_files=in_files)
+    source = Source(name, tuple(files), sizes, text_field, sum(counts), identity, cut, documents_per_file=counts)
     if is_local and source.documents < FEW_DOCUMENTS:
         return dataclasses.replace(source, hash_range=_hash_range(source))
     return source
@@ -136,13 +138,8 @@ def _text_cut(sizes: Sequence[int]) -> tuple[int, int]:
 
 def _hash_range(source: Source) -> tuple[int, int]:
     """The lowest and the highest hash of a source's documents, all of which are read. Raises EmptyStream."""
-    hashes: set[int] = set()
-    for i, path in enumerate(source.files):
-        try:
-            for chunk in read_chunks(source, i, 0, 1, 0):
-                hashes.update(document_hash(document) for document in chunk if document)
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-            raise CorruptRecord(f"{path} cannot be read, or is truncated: {error}") from None
+    chunks = (chunk for i in range(len(source.files)) for chunk in read_chunks(source, i, 0, 1, 0))
+    hashes = {document_hash(document) for chunk in chunks for document in chunk if document}
     if not hashes:
         raise EmptyStream(f"{source.name} has no documents with text in its files; give it others")
     return min(hashes), max(hashes)
@@ -179,7 +176,8 @@ def _resolve_shards(name: str, folder: Path) -> Source:
     sizes = tuple(Path(f).stat().st_size for f in files)
     tokens = sum(int(_shard_index(f)["end"][-1]) for f in files)
     documents = sum(len(_shard_index(f)) for f in files)
-    source = Source(name, tuple(files), sizes, "", documents, digest(settings, sizes), tokens=tokens)
+    identity, n_vocab = digest(settings, sizes), int(settings["n_vocab"])
+    source = Source(name, tuple(files), sizes, "", documents, identity, tokens=tokens, n_vocab=n_vocab)
     if DATASETS[name].kind == "local" and documents < FEW_DOCUMENTS:
         hashes = np.concatenate([_shard_index(f)["hash"] for f in files])
         return dataclasses.replace(source, hash_range=(int(hashes.min()), int(hashes.max())))
@@ -197,7 +195,7 @@ def read_shard_settings(folder: Path) -> dict[str, Any] | None:
     except (ValueError, AttributeError):
         whole = False
     if not whole:
-        raise DataError(f"{path} is damaged; remove {folder} and make its shards again") from None
+        raise DataError(f"{path} is damaged; remove {folder} and make its shards again")
     return settings
 
 
@@ -286,7 +284,7 @@ def read_chunks(source: Source, file: int, share: int, n_shares: int, start: int
     """
     path, size = source.files[file], source.sizes[file]
     if path.endswith(".bin"):
-        return _shard_chunks(path, (share + file) % n_shares, n_shares, start)
+        return _shard_chunks(path, source.n_vocab, (share + file) % n_shares, n_shares, start)
     read = _parquet_chunks if path.endswith(".parquet") else _row_chunks
     # Shared files begin with another share each, so that short files do not all fall to the first.
     return read(source, path, size, (share + file) % n_shares, n_shares, start)
@@ -370,8 +368,8 @@ def _numbered(rows: Iterator[Any], numbers: Iterable[int]) -> Iterator[tuple[int
         n_read = number + 1
 
 
-def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
-    index, n_vocab = _shard_index(path), _shard_vocabulary(str(Path(path).parent))
+def _shard_chunks(path: str, n_vocab: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:
+    index = _shard_index(path)
     ids = np.memmap(path, dtype=np.uint16 if n_vocab <= 2**16 else np.uint32, mode="r")
     ends, hashes = index["end"], index["hash"]
     if len(ids) != ends[-1]:
@@ -393,13 +391,6 @@ def _shard_chunks(path: str, share: int, n_shares: int, start: int) -> Iterator[
         stops = (ends[rows] - begin).tolist()
         its_hashes = hashes[rows].tolist()
         yield [Tokenized(block[a:b], h) for a, b, h in zip(starts, stops, its_hashes, strict=True)]
-
-
-@functools.lru_cache
-def _shard_vocabulary(folder: str) -> int:
-    settings = read_shard_settings(Path(folder))
-    assert settings is not None
-    return int(settings["n_vocab"])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -64,12 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if config.resume:  # its rows per step are those of the saved run
             from checkpoint import newest_checkpoint, read_state
-            from runtime import keep_rows_per_step
+            from runtime import with_batch_size
 
             if newest := newest_checkpoint(config.train.run_dir):
-                rows = dataclasses.replace(config.train, batch_size=1) if config.train.fit_memory else config.train
-                config = dataclasses.replace(config, train=rows)
-                config = keep_rows_per_step(config, read_state(newest.path)["rows_per_step"], world_size)
+                batch_size = 1 if config.train.fit_memory else config.train.batch_size
+                config = with_batch_size(config, batch_size, read_state(newest.path)["rows_per_step"], world_size)
         return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train, tokenizer)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -125,7 +124,6 @@ def train(config: Config) -> int:
     from prepare_data import DatasetPrep
     from runtime import (
         StopSignal,
-        keep_rows_per_step,
         like,
         name_suspects,
         newest_for_all,
@@ -135,6 +133,7 @@ def train(config: Config) -> int:
         start_trackers,
         to_device,
         validation_scores,
+        with_batch_size,
     )
     from sampling import NonFiniteError, by_module, generate_text
 
@@ -191,16 +190,14 @@ def train(config: Config) -> int:
             config = like(config, parents_config)
         config.validate(world_size)
     rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
+    batch_size = c.batch_size
     if c.fit_memory:
-        one_row = dataclasses.replace(config, train=dataclasses.replace(c, batch_size=1))
-        keep_rows_per_step(one_row, rows_per_step, world_size).check_layout(world_size)
+        with_batch_size(config, 1, rows_per_step, world_size).check_layout(world_size)
         usable = usable_memory(device) // (world_size if on_cpu else 1)
         fitting = fitting_batch_size(config, rows_per_step // world_size, usable, world_size)
-        c = dataclasses.replace(c, batch_size=int(accelerator.gather(torch.tensor([fitting], device=device)).min()))
-        say(
-            f"memory    {usable / 2**30:.1f} GB to use: {c.batch_size} rows of {config.model.max_length} tokens at once"
-        )
-    config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
+        batch_size = int(accelerator.gather(torch.tensor([fitting], device=device)).min())
+        say(f"memory    {usable / 2**30:.1f} GB to use: {batch_size} rows of {config.model.max_length} tokens at once")
+    config = with_batch_size(config, batch_size, rows_per_step, world_size)
     c, tokens_per_step = config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
 
@@ -236,22 +233,20 @@ def train(config: Config) -> int:
     recent_losses: deque[float] = deque(maxlen=100)
     undone: Counter[int] = Counter()  # spikes, by the step of the checkpoint that they led back to
     first_data_step = 0  # where the documents began: not at 0 if --restart_data changed them
-    finished = state is not None and 0 < c.max_steps <= state["step"]
+    finished = state is not None and c.max_steps == state["step"]
     if newest and state:
         check_same_run(newest.path, config)
         load_training_state(newest.path, model, optimizers)
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
-        recent_losses.extend(state.get("recent_losses", []))
-        undone.update({int(key): n for key, n in state.get("undone", {}).items()})
-        if finished:
-            pass  # no document is read any more
-        elif config.restart_data and data.changed_since(state["data"]):
+        recent_losses.extend(state["recent_losses"])
+        undone.update({int(key): n for key, n in state["undone"].items()})
+        if config.restart_data and not finished and data.changed_since(state["data"]):
             first_data_step = step
             all_of_them = "" if c.max_steps else f", for all {c.epochs} epochs"
             say(f"data      changed since step {step}: its documents begin anew{all_of_them}")
-        else:
+        elif not finished:  # or no document is read any more
             data.load_state_dict(state["data"])
-            first_data_step = state.get("first_data_step", 0)
+            first_data_step = state["first_data_step"]
             if not c.max_steps and state["epochs"] == c.epochs:
                 total_steps = state["total_steps"]
     if not total_steps:
@@ -288,6 +283,7 @@ def train(config: Config) -> int:
             write_status(run_dir, "complete", step, exit_code=0)
         return 0
     stop_signal = StopSignal()
+    first_step = saved_step = step
     started = last_save = time.perf_counter()
     while not c.fsdp and accelerator.reduce(
         torch.tensor(float(runs_out_of_memory(accelerator, trained, model, optimizers, c.batch_size)), device=device)
@@ -297,8 +293,7 @@ def train(config: Config) -> int:
             raise ConfigError(
                 "out of memory with a single row; use a smaller model or context, or --train.activation_checkpointing"
             )
-        c = dataclasses.replace(c, batch_size=fewer[-1])
-        config = keep_rows_per_step(dataclasses.replace(config, train=c), rows_per_step, world_size)
+        config = with_batch_size(config, fewer[-1], rows_per_step, world_size)
         c = config.train
         say(f"memory    too little for that; now {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated")
         torch.compiler.reset()  # or after eight sizes it would compile no more
@@ -312,11 +307,11 @@ def train(config: Config) -> int:
             check_lock(lock)
             log.write(kind, step, tokens=tokens_seen, **values)
 
-    record(
-        "start", seconds=seconds_trained, total_steps=total_steps, world_size=world_size, device=describe(device),
-        precision=precision, parameters=n_parameters, commit=code_version() if is_main else None,
-    )  # fmt: skip
     if log:
+        record(
+            "start", seconds=seconds_trained, total_steps=total_steps, world_size=world_size, device=describe(device),
+            precision=precision, parameters=n_parameters, commit=code_version(),
+        )  # fmt: skip
         log.trackers = start_trackers(accelerator, config, step)
 
     @torch.compiler.set_stance("force_eager")  # its other shapes, and those of the sample, are not worth compiling
@@ -351,6 +346,7 @@ def train(config: Config) -> int:
 
     def save() -> None:
         """A checkpoint of this step by the main process, with every process's data position."""
+        nonlocal saved_step, last_save
         started = time.perf_counter()
         positions = gather_object([position])
         tensors = gather_tensors(model, optimizers, keep=is_main)
@@ -368,6 +364,7 @@ def train(config: Config) -> int:
             say(f"  saved    {path}")
             record("checkpoint", seconds=round(time.perf_counter() - started, 3))
         accelerator.wait_for_everyone()
+        saved_step, last_save = step, time.perf_counter()
 
     def watch() -> None:
         """From now on, all threads' stacks and the end of the process if it is not called again in time."""
@@ -379,7 +376,6 @@ def train(config: Config) -> int:
     progress.update(step)
     meter = Meter()
     position, val_loss = data.state_dict(), newest.val_loss if newest else None
-    first_step = saved_step = step
     max_grad_norm = c.max_grad_norm or math.inf
     outcome = "complete"
     while c.max_steps == 0 or step < c.max_steps:  # epochs end by themselves: total_steps is about where
@@ -445,7 +441,7 @@ def train(config: Config) -> int:
             load_training_state(back.path, model, optimizers)
             state = read_state(back.path)
             step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
-            recent_losses = deque(state.get("recent_losses", []), recent_losses.maxlen)
+            recent_losses = deque(state["recent_losses"], recent_losses.maxlen)
             progress.reset(total_steps)
             progress.update(step)
             position, val_loss = data.state_dict(), back.val_loss
@@ -490,7 +486,6 @@ def train(config: Config) -> int:
         if step % c.save_every == 0 or is_end or save_is_due:
             watch()
             meter.pause(c.save_every, save)
-            saved_step, last_save = step, time.perf_counter()
 
     # ---- the end ------------------------------------------------------------------------------
     data.close()

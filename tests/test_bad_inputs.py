@@ -54,7 +54,7 @@ CONFIG = Config(
 )
 STATE = {
     "step": 20, "total_steps": 20, "epochs": 3, "rows_per_step": 16, "tokens_seen": 10240, "seconds_trained": 1.5,
-    "data": {"format": 1, "identity": {}, "streams": {}},
+    "recent_losses": [], "undone": {}, "first_data_step": 0, "data": {"format": 1, "identity": {}, "streams": {}},
 }  # fmt: skip
 
 
@@ -369,6 +369,8 @@ CASES: list[tuple[int, str, Call, int, str]] = [
     (16, "odd types", then(lambda g: seal(g.step(), step="20"), Ground.resume), 0, "goes on at step 10"),
     (16, "odd state", then(lambda g: edit(g.step() / "state.json", lambda s: {**s, "step": "x"}), Ground.resume), 4,
      "state.json does not fit this code (step)"),
+    (16, "odd spikes", then(lambda g: edit(g.step() / "state.json", lambda s: {**s, "undone": []}), Ground.resume), 4,
+     "state.json does not fit this code (undone)"),
     (16, "odd optimizer", odd_optimizer, 4, "optimizer state blocks.7.no_such/momentum of another model"),
     (16, "odd position", odd_position, 3, "the saved data position does not fit: the streams it holds changed"),
     (17, "format 2", then(lambda g: seal(g.step(), format=2), load), 4, "has format 2; this code reads up to"),

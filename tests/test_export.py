@@ -56,7 +56,7 @@ def saved(tiny_model: Build, tiny_tokenizer: Tokenizer, tmp_path: Path) -> Save:
         (tmp_path / "run").mkdir(exist_ok=True)
         tensors, counts = gather_tensors(model, [], keep=True), {"total_steps": 7, "epochs": 1, "rows_per_step": 1}
         state: dict[str, Any] = counts | {"tokens_seen": 123_456, "step": 7, "seconds_trained": 1.0}
-        state["data"] = {"identity": {}, "streams": {}}
+        state |= {"recent_losses": [], "undone": {}, "first_data_step": 0, "data": {"identity": {}, "streams": {}}}
         return save_checkpoint(tmp_path / "run", 7, tensors, state, Config(data, model.config), tokenizer, None)
 
     return save

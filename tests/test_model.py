@@ -218,23 +218,18 @@ def test_flops_per_token_are_those_that_torch_counts(tiny_model: Build, fields: 
     """Torch counts what is multiplied, masked or not: T keys for each query (the math backend), or 3/4 T on average
     (BlockAttention). Ours has the (T + 1) / 2 that a causal query sees on average; the difference is
     2 products x 2 FLOPs x H K numbers for each of the other keys."""
-    model, rows, T = tiny_model(**fields), 3, 24
+    model, rows, T = tiny_model(**fields), 3, 32
     c = model.config
     of_a_key = 4 * c.n_layers * c.n_heads * c.head_dim
     ids = random_ids(rows, T)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids)
     masked = of_a_key * (T - (T + 1) / 2)
-    assert counter.get_total_flops() == rows * T * (model.flops_per_token(T, training=False) + masked)
+    assert counter.get_total_flops() == rows * T * (model.flops_per_token(training=False) + masked)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
     masked = of_a_key * (3 / 4 * T - (T + 1) / 2)
-    assert counter.get_total_flops() == rows * T * (model.flops_per_token(T) + 3 * masked)
-
-
-def test_flops_per_token_are_those_of_a_full_context_unless_told(tiny_model: Build):
-    model = tiny_model()
-    assert model.flops_per_token() == model.flops_per_token(32) > model.flops_per_token(16)
+    assert counter.get_total_flops() == rows * T * (model.flops_per_token() + 3 * masked)
 
 
 @every_shape

@@ -232,6 +232,12 @@ def test_a_check_goes_through_the_parts_of_a_run_and_leaves_nothing_behind(runs:
     assert {*runs.folder.iterdir()} == before
 
 
+def test_two_processes_are_measured_together_and_planned_for_once(runs: Runs) -> None:
+    out, err = runs("planned-together", "--plan", processes=2)
+    assert out.count("measured in") == err.count("measuring") == 1
+    assert "device    2 x " in out
+
+
 def test_trackers_show_neither_a_plan_nor_a_check_but_have_to_be_installed(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

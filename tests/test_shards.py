@@ -228,10 +228,9 @@ def test_a_resumed_run_gives_the_same_next_batches_bit_for_bit(made: Made) -> No
 def test_documents_in_turns_as_questions_and_answers_are_in_all_streams(tmp_path: Path) -> None:
     index = np.array([(3 * i, i) for i in range(1, 961)], dtype=SHARD_INDEX)
     ids = np.tile(np.array([9, 0, 1, 9, 2, 3], dtype=np.uint16), 480)
-    (tmp_path / "settings.json").write_text(json.dumps({"n_shards": 1, "n_vocab": 10, "tokenizer": ""}))
     ids.tofile(tmp_path / "a.bin")
     np.save(tmp_path / "a.npy", index)
-    source = Source("LOCAL", (str(tmp_path / "a.bin"),), (ids.nbytes,), "", 960, "")
+    source = Source("LOCAL", (str(tmp_path / "a.bin"),), (ids.nbytes,), "", 960, "", n_vocab=10)
     for n_shares in (1, 4, 7, 16):
         chunks = [[*read_chunks(source, 0, share, n_shares, 0)] for share in range(n_shares)]
         shares = [[d for chunk in its for d in chunk if isinstance(d, Tokenized)] for its in chunks]
@@ -462,6 +461,8 @@ def test_training_with_another_tokenizer_is_a_mistake_in_the_settings(
 def test_a_checkpoint_s_tokenizer_must_be_that_of_the_shards(made: Made) -> None:
     with pytest.raises(DataError, match="another tokenizer"):
         DatasetPrep(made.shards, 32, V, tokenizer=BYTES)  # as many entries, in another order
+    with pytest.raises(DataError, match="leave --data"):  # the data options are those of the checkpoint
+        DatasetPrep(dataclasses.replace(made.shards, tokenizer="gpt2"), 32, V, tokenizer=BYTES)
     DatasetPrep(made.shards, 32, V, tokenizer=made.tokenizer)
 
 

@@ -289,6 +289,27 @@ def test_a_spike_is_undone_and_the_documents_before_it_are_left_out(runs: Runs, 
     assert weights(runs.checkpoint("interrupted", 120)) == weights(runs.checkpoint("spiking", 120))
 
 
+def test_what_is_trained_after_a_spike_led_back_past_a_damaged_checkpoint_is_saved(runs: Runs, tmp_path: Path) -> None:
+    options = [*with_garbage(tmp_path / "text.jsonl"), "--train.max_spike", "0.4", "--train.save_every", "5"]
+    runs("far-back", *options, "--train.max_steps", "10")
+    process = runs.start("far-back", *options, "--train.save_every", "50", "--resume")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("run "):  # step 10 is loaded; the spike is in the next
+            process.send_signal(signal.SIGSTOP)
+            os.truncate(runs.checkpoint("far-back", 10) / "model.safetensors", 1000)
+            process.send_signal(signal.SIGCONT)
+        if line.startswith("  undone"):
+            assert "back to step 5" in line
+        if re.match(r"step +6/", line):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    status = json.loads((runs.folder / "far-back/status.json").read_text())
+    assert steps_of(runs.folder / "far-back")[-1] == status["step"] >= 6
+
+
 def test_two_processes_undo_a_spike_together(runs: Runs, tmp_path: Path) -> None:
     options = [*with_garbage(tmp_path / "text.jsonl"), "--train.max_spike", "0.3", "--train.max_steps", "200"]
     out, _ = runs("spiking-2", *options, processes=2)  # in their second pass: in the first it comes too early
