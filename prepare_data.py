@@ -197,8 +197,8 @@ class DatasetPrep:
         self.tokenizer = tokenizer or self._load_tokenizer()
         if tokenizer and config.shards_dir and self._tokenizer_of_shards().fingerprint != tokenizer.fingerprint:
             raise DataError(
-                f"the shards in {config.shards_dir} are made with another tokenizer than the run's; "
-                f"put some that are made with its own there, or leave --data.shards_dir out"
+                f"the shards in {config.shards_dir} are made with another tokenizer than the model's; "
+                f"name shards made with that one, or, in a new run, leave --data.shards_dir out"
             )
         self._rows_per_stream = rows_per_step // config.n_streams
         self._streams = {

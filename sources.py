@@ -176,7 +176,7 @@ def _resolve_shards(name: str, folder: Path) -> Source:
     sizes = tuple(Path(f).stat().st_size for f in files)
     tokens = sum(int(_shard_index(f)["end"][-1]) for f in files)
     documents = sum(len(_shard_index(f)) for f in files)
-    identity, n_vocab = digest(settings, sizes), int(settings["n_vocab"])
+    identity, n_vocab = digest(settings, sizes), settings["n_vocab"]
     source = Source(name, tuple(files), sizes, "", documents, identity, tokens=tokens, n_vocab=n_vocab)
     if DATASETS[name].kind == "local" and documents < FEW_DOCUMENTS:
         hashes = np.concatenate([_shard_index(f)["hash"] for f in files])
@@ -189,10 +189,10 @@ def read_shard_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / "settings.json"
     try:
         settings: dict[str, Any] = json.loads(path.read_text())
-        whole = {"n_shards", "n_vocab", "tokenizer"} <= settings.keys()
+        whole = type(settings["n_shards"]) is type(settings["n_vocab"]) is int and "tokenizer" in settings
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         raise DataError(f"{path} is damaged; remove {folder} and make its shards again")

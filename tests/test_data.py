@@ -944,6 +944,9 @@ def broken(tmp_path: Path, name: str) -> Path:
     elif name == "footer.parquet":
         content = write_parquet(path, texts, 10).read_bytes()
         path.write_bytes(content[:-400] + b"\xff" * 100 + content[-300:])
+    elif name == "schema.parquet":  # what Arrow adds to the footer, in base64
+        content = write_parquet(path, texts, 10).read_bytes()
+        path.write_bytes(content.replace(b"/////", b"!////", 1))
     elif name == "page.parquet":
         content = write_parquet(path, texts, 1000).read_bytes()
         path.write_bytes(content[:4] + b"\xff" * 1000 + content[1004:])
@@ -966,6 +969,7 @@ BROKEN: dict[str, tuple[type[Exception], str]] = {
     "cut.jsonl.gz": (CorruptRecord, "truncated"),
     "plain.jsonl.gz": (CorruptRecord, "Not a gzipped file"),
     "footer.parquet": (CorruptRecord, "cannot be read"),
+    "schema.parquet": (CorruptRecord, "base64"),
     "page.parquet": (CorruptRecord, "row group 0, cannot be decoded"),
     "number texts.jsonl": (CorruptRecord, "record 2, has a text that is int"),
     "list texts.jsonl": (CorruptRecord, "record 2, has a text that is list"),

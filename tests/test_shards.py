@@ -505,7 +505,7 @@ def test_shards_of_another_tokenizer_of_the_same_size_are_refused(copy: tuple[Pa
         DatasetPrep(config, 16, 4)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "\x00", '{"n_shards": 3, "n_vocab": null, "tokenizer": ""}'])
 @pytest.mark.parametrize("name", ["tokenizer.json", "LOCAL/settings.json"])
 def test_damaged_settings_of_shards_are_one_line(copy: tuple[Path, DataConfig], name: str, content: str) -> None:
     _, config = copy
