@@ -13,7 +13,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from errors import ConfigError, complain
 from files import whole_file
-from hardware import cpp_compiler
+from hardware import lines_of
 from model import GPT, Block, KVCache, RMSNorm
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
@@ -136,14 +138,16 @@ class CompiledStep:
 def library() -> ctypes.CDLL | None:
     """decoding.cpp, compiled for this processor and kept in ~/.cache/basicgpt; or None, and a line with the reason."""
     source = Path(__file__).with_name("decoding.cpp")
-    compiler = cpp_compiler()
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")), None)
     options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     if platform.machine() == "x86_64":
         options.append("-mprefer-vector-width=512")
     try:
         if compiler is None:
             raise OSError("no C++ compiler found")
-        key = f"{source.read_text()} {compiler} {options} {_instructions()}".encode()
+        # With the processor's instructions: a home folder may be shared by several machines.
+        cpu = [line for line in lines_of("/proc/cpuinfo") if line.startswith(("flags", "Features"))][:1]
+        key = f"{source.read_text()} {compiler} {options} {platform.machine()} {cpu}".encode()
         folder, name = Path("~/.cache/basicgpt").expanduser(), f"decoding-{_digest(key)}"
         for file in folder.glob(f"{name}-*.so"):
             if file.stem == f"{name}-{_digest(file.read_bytes())}":  # loading half of one would kill the process
@@ -165,15 +169,6 @@ def library() -> ctypes.CDLL | None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _instructions() -> str:
-    """The processor's: a home folder may be shared by several machines."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return f"{platform.machine()} {platform.processor()}"
 
 
 # ---- in torch's operations, for all else ----------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import math
 import os
 import time
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hub import DataError
     from metrics import Score, diversity, read_results, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
+    from runtime import check_launcher
     from sampling import generate_text
     from scoring import Model, OwnModel, answers_of, fingerprint, hub_model, summary
     from tasks import TASKS, VERSION, load_documents
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Face's holds nothing out; mend the path, or name --tasks, or --held_out_of"
         )
 
+    check_launcher()
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=1))
     device, first = processes.device, processes.is_main_process
     say, warn = (print, complain) if first else (lambda *_, **__: None, lambda *_: None)
@@ -142,13 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     precision = choose_precision(device, arguments.precision)
     dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    in_fp16 = dtype == torch.float16  # products alone: the residual stream may pass its largest number
+    autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=in_fp16)
+    weights = torch.float32 if in_fp16 else dtype
     subject: Model
     results: dict[str, Any] = {"checkpoint": path.name if path else arguments.checkpoint}
     if path:
-        model, tokenizer, config, results["step"] = load_model(path, device, dtype)
+        model, tokenizer, config, results["step"] = load_model(path, device, weights)
         subject = OwnModel(model, tokenizer)
     else:
-        subject = hub_model(arguments.checkpoint, device, dtype)
+        subject = hub_model(arguments.checkpoint, device, weights)
     millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
     by = "" if path else " | in our GPT" if isinstance(subject, OwnModel) else " | in transformers"
     shown = _from_here(path) if path else arguments.checkpoint
@@ -166,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             local_files=arguments.local_files or its.data.local_files,
             shards_dir=arguments.shards_dir or its.data.shards_dir,
         )
+        data_config.validate()  # a dataset may have been added where it trained
         length = min(its.model.max_length, model.config.max_length)
         data = DatasetPrep(data_config, length, its.data.n_streams, tokenizer=tokenizer)
         trained_on = read_state(run)["data"]["identity"]
@@ -177,14 +184,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores: dict[str, Score] = {}
         for name, rows in data.validation_rows().items():
             batches = [rows[i : i + n] for i in range(0, len(rows), n)]
-            scores[name] = Score.concatenate(divided(lambda batch: score_rows(model, batch, byte_length, n), batches))
+            with autocast():
+                of_batches = divided(lambda batch: score_rows(model, batch, byte_length, n), batches)
+            scores[name] = Score.concatenate(of_batches)
         if len(scores) > 1:
             scores["all"] = Score.concatenate(list(scores.values()))
         results["held_out"] = {name: score.summary() for name, score in scores.items()}
         say("\n" + table(results["held_out"], *HELD_OUT))
     if path:
         settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
-        results["samples"] = {p: generate_text(model, p, tokenizer, settings)[0] for p in arguments.prompts}
+        with autocast():
+            results["samples"] = {p: generate_text(model, p, tokenizer, settings)[0] for p in arguments.prompts}
         for prompt, text in results["samples"].items():
             say(f"\n--- {prompt}\n{prompt}{text}")
         results["diversity"] = diversity(list(results["samples"].values()))
@@ -196,14 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = os.open(output.parent, os.O_RDONLY)
             fcntl.flock(folder, fcntl.LOCK_EX)
             now = read_results(output)
-            others = now["tasks"] if all(now.get(name) == value for name, value in key.items()) else {}
+            others = now["tasks"] if key.items() <= now.items() else {}
             write_json(output, without_nan(results | {"tasks": others | finished}))
             os.close(folder)
 
     key = {"model": fingerprint(subject, path), "precision": precision, "version": VERSION, "limit": arguments.limit}
     old = divided(read_results, [output])[0]
-    same = all(old.get(name) == value for name, value in key.items())
-    finished: dict[str, dict[str, Any]] = old["tasks"] if same else {}
+    finished: dict[str, dict[str, Any]] = old["tasks"] if key.items() <= old.items() else {}
     results |= key
     failed = False
     write()  # now, so that what cannot be written is not found out after hours
@@ -214,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # By the first process, for all.
             documents = divided(lambda name: load_documents(name, arguments.documents, arguments.limit), [name])[0]
             started = time.monotonic()
-            answers = answers_of(documents, subject, divided)
+            with autocast():
+                answers = answers_of(documents, subject, divided)
         except DataError as error:
             failed = True
             warn(f"error: {name}: {error}")

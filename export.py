@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from config import DATASETS, parse_arguments
+from config import DATASETS, Dataset, parse_arguments
 from errors import ConfigError, exit_code_of
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def model_card(path: Path, name: str, model: GPT, tokenizer: Tokenizer, config: 
         training += f"{amount(state['tokens_seen'])} tokens in {state['step']:,} steps, of these texts:\n\n"
         training += "| dataset | share | source | licence of the text |\n|---|---|---|---|\n"
         for dataset, share in zip(data.current_datasets, data.dataset_probabilities, strict=True):
-            source = DATASETS[dataset]
+            source = DATASETS.get(dataset, Dataset("hub", licence="unknown"))  # one that was added where it trained
             training += f"| {dataset} | {share:.0%} | {source.location} | {source.licence} |\n"
         measured = read_results(path.parent / f"eval-{state['step']:08d}.json")
         held_out, tasks = measured.get("held_out") or {}, measured.get("tasks") or {}

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sampling import TextStream, encode_prompt, generate_ids
 
     device = default_device()
-    model, tokenizer, config, step = load_model(arguments.checkpoint, device, best_dtype(device))
+    dtype = best_dtype(device)
+    in_fp16 = dtype == torch.float16  # products alone (autocast): the residual stream may pass its largest number
+    weights = torch.float32 if in_fp16 else dtype
+    model, tokenizer, config, step = load_model(arguments.checkpoint, device, weights)
     prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.max_length:
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"the prompt has {len(ids)} tokens; the model sees its last {model.config.max_length}", file=sys.stderr)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=in_fp16):
         decode = decode_step(model, arguments.num_samples, arguments.int8)
         steps = generate_ids(model, ids, tokenizer, arguments, decode=decode)
         if arguments.num_samples == 1:  # show it as it grows
@@ -117,20 +119,16 @@ def show_inside(model: GPT, tokenizer: Tokenizer, prompt: list[int], text: list[
 def read_prompt(prompt: str) -> str:
     """The prompt itself, the file after an @, or standard input for -, but for the newline that ends their last line.
 
-    Raises UserError for a missing file.
+    Raises ConfigError for what cannot be read.
     """
-    if prompt == "-":
-        try:
-            return re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode())
-        except (AttributeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompt -: standard input cannot be read as text ({error})") from None
-    if prompt.startswith("@"):
-        try:
-            with open(prompt[1:], encoding="utf-8") as file:
-                return file.read().removesuffix("\n")  # which stands for "\r\n" too
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompt {prompt}: the file cannot be read as text ({error})") from None
-    return prompt
+    if prompt != "-" and not prompt.startswith("@"):
+        return prompt
+    try:
+        content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt[1:]).expanduser().read_bytes()
+        return content.decode().replace("\r\n", "\n").removesuffix("\n")
+    except (AttributeError, OSError, UnicodeDecodeError) as error:  # AttributeError: without standard input
+        what = "standard input" if prompt == "-" else "the file"
+        raise ConfigError(f"--prompt {prompt}: {what} cannot be read as text ({error})") from None
 
 
 if __name__ == "__main__":

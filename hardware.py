@@ -60,11 +60,11 @@ def choose_precision(device: torch.device, wanted: str) -> str:
     if wanted == "auto":
         return "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
     if wanted == "bf16" and not bf16 and device.type == "cuda":
-        raise ConfigError(f"train.precision bf16 is not supported by {describe(device)}; use fp16 or auto")
+        raise ConfigError(f"precision bf16 is not supported by {describe(device)}; use fp16 or auto")
     if wanted == "tf32" and not (bf16 and device.type == "cuda"):
-        raise ConfigError(f"train.precision tf32 needs a CUDA card of 2020 or later, not {describe(device)}; use auto")
+        raise ConfigError(f"precision tf32 needs a CUDA card of 2020 or later, not {describe(device)}; use auto")
     if wanted == "fp16" and device.type != "cuda":
-        raise ConfigError(f"train.precision fp16 needs a CUDA device, and this is {device.type}; use auto")
+        raise ConfigError(f"precision fp16 needs a CUDA device, and this is {device.type}; use auto")
     return wanted
 
 
@@ -121,13 +121,9 @@ def _has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":  # avx512_bf16 or amx on x86, bf16 instructions on ARM
         if platform.machine() in ("x86_64", "AMD64"):
             return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # (macOS' torch is built without MKLDNN.)
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
-
-
-def cpp_compiler() -> str | None:
-    """This machine's C++ compiler, the one that CXX names before all, or None."""
-    return next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")), None)
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -139,7 +135,7 @@ def why_not_compile(device: torch.device) -> str | None:
     if device.type == "cuda":  # Triton builds a small C module that launches its kernels
         if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
             return "no C compiler found"
-    elif cpp_compiler() is None:
+    elif not shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):  # it takes no other
         return "no C++ compiler found"
     headers = (sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"))
     if not any(Path(folder, "Python.h").exists() for folder in headers):

@@ -237,7 +237,9 @@ def as_data_error(error: Exception, what: str) -> Exception:
         return DatasetGated(f"{constants.ENDPOINT} refuses {what} ({error.response.status_code}): set HF_TOKEN")
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
         return DatasetMissing(f"{constants.ENDPOINT} has no {what}")
-    if seconds_to_wait(error) is not None or isinstance(error, json.JSONDecodeError):  # a proxy's own page
+    # A proxy's own page; a token with a letter that no header may have; redirections without end.
+    misled = json.JSONDecodeError, UnicodeEncodeError, httpx2.RequestError
+    if seconds_to_wait(error) is not None or isinstance(error, misled):
         return HubUnreachable(
             f"cannot read {what} from {constants.ENDPOINT} ({type(error).__name__}). Check the network, HF_ENDPOINT "
             f"and HF_TOKEN; or train without the hub: --preset demo, or your own files with "

@@ -140,12 +140,11 @@ def _free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
     lines = lines_of("/proc/meminfo")
-    free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]  # with caches
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]  # with caches
     limit, used = lines_of("/sys/fs/cgroup/memory.max"), lines_of("/sys/fs/cgroup/memory.current")
     inactive = [int(line.split()[1]) for line in lines_of("/sys/fs/cgroup/memory.stat") if "inactive_file " in line]
-    most = max(free)
+    most = available[0] if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if limit and used and limit[0] != "max":
         most = min(most, int(limit[0]) - int(used[0]) + sum(inactive))
     return most

@@ -119,8 +119,8 @@ def score_rows(
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
         tokens = torch.full_like(targets, targets.size(1))[:, 0]
         first, among = best[:, :, 0], best.any(dim=2)
-        columns = nats.double().sum(1), tokens, token_byte_length[targets].sum(1), first.sum(1), among.sum(1)
-        sums.append(torch.stack([c.to(torch.float64) for c in columns], dim=1).cpu())
+        counts = torch.stack((tokens, token_byte_length[targets].sum(1), first.sum(1), among.sum(1)), dim=1)
+        sums.append(torch.cat((nats.cpu().double().sum(1, keepdim=True), counts.cpu()), dim=1))  # MPS has no float64
     return Score(*(torch.cat(sums).numpy().T if sums else np.zeros((5, 0))))
 
 

@@ -38,14 +38,19 @@ from model import GPT
 from prepare_data import Batch, DatasetPrep, passes_over, too_often
 
 
-def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
-    """Join this run's processes: DDP, or with train.fsdp FSDP2. Raises ConfigError for FSDP with one process."""
+def check_launcher() -> None:
+    """Raises ConfigError where the environment tells of other processes that no launcher started."""
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1" and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise ConfigError(
             f"WORLD_SIZE is {n_processes} in the environment, but RANK and MASTER_ADDR, which a launcher sets as well, "
             f"are not; unset it, or start with torchrun or accelerate launch"
         )
+
+
+def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelerator:
+    """Join this run's processes: DDP, or with train.fsdp FSDP2. Raises ConfigError for FSDP with one process."""
+    check_launcher()
     # accelerate names an option of DDP that torch now calls otherwise, and each process would say so.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -226,7 +226,7 @@ to_supervisor() { if [[ $1 == HUP ]]; then kill "$2" && exit 129; else pass_on T
 
 run_demo() {
   local code=0
-  say "Training the demo model; Ctrl-C saves and stops, $again goes on from there."
+  say "Training; Ctrl-C saves and stops, $again goes on from there."
   show "${train[@]}"
   run_child pass_on "${train[@]}" || code=$?
   explain_end "$code"

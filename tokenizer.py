@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from errors import ConfigError, UserError
+from errors import ConfigError
 from files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -179,22 +179,21 @@ def load_tiktoken(name: str, cache_dir: str) -> Tokenizer:
     """One of tiktoken's own encodings, without the network where the packages hold its ranks.
 
     cache_dir: tiktoken's files are kept in cache_dir/tiktoken, unless TIKTOKEN_CACHE_DIR is set.
-    Raises UserError when the ranks are neither installed nor can be downloaded.
+    Raises ConfigError when the ranks are neither installed nor can be downloaded.
     """
     previous = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if previous is None:
-        folder = Path(cache_dir).expanduser() / "tiktoken"
-        _copy_installed_ranks(name, folder)
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken reads it when it loads an encoding
+    folder = Path(previous or Path(cache_dir).expanduser() / "tiktoken")
+    _copy_installed_ranks(name, folder)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken reads it when it loads an encoding
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: hash mismatch
-        raise UserError(
+        raise ConfigError(
             f"the ranks of the tokenizer {name} could not be loaded ({type(error).__name__}); "
             f"run pip install -r requirements.txt, which holds them, or use --data.tokenizer bpe"
         ) from None
     finally:
-        if previous is None:
+        if not previous:
             del os.environ["TIKTOKEN_CACHE_DIR"]
     special_ids = {token: encoding.encode_single_token(token) for token in sorted(encoding.special_tokens_set)}
     tokens = encoding.token_byte_values()  # in rank order, without the special ones

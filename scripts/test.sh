@@ -19,12 +19,12 @@ for option in "$@"; do
 done
 [[ $slow ]] || pytest_options=(-m "not slow" ${pytest_options[@]+"${pytest_options[@]}"})
 
-# Debian's, for the slow tests of the pages. Where it cannot be installed they are skipped, and say so.
-install_browser() {
-  if command -v chromium chromium-headless-shell google-chrome >/dev/null; then return; fi
+# Debian's, for some of the tests. Where they cannot be installed these are skipped, and say so.
+apt_install() {
   if ((EUID)) || ! command -v apt-get >/dev/null; then return; fi
-  { apt-get update && apt-get install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core; } >/dev/null </dev/null ||
-    say "The browser could not be installed, so the tests that need it are skipped"
+  say "Installing $*"
+  { apt-get update && apt-get install -y --no-install-recommends "$@"; } >/dev/null </dev/null ||
+    say "That failed, so the tests that need them are skipped"
 }
 
 # stage NAME COMMAND...: runs it, says how long it took, and ends the script when it fails.
@@ -40,20 +40,13 @@ stage() {
 install() {
   install_requirements requirements.txt
   install_requirements requirements-dev.txt
-  install_ssh_server
-}
-
-# Debian's, for the tests of the sync. Where it cannot be installed they are skipped, and say so.
-install_ssh_server() {
-  if [[ -x /usr/sbin/sshd ]] && command -v rsync >/dev/null; then return; fi
-  if ((EUID)) || ! command -v apt-get >/dev/null; then return; fi
-  say "Installing openssh-server and rsync"
-  { apt-get update && apt-get install -y --no-install-recommends openssh-server rsync; } >/dev/null </dev/null ||
-    say "That failed, so the tests that need them are skipped"
+  if [[ ! -x /usr/sbin/sshd ]] || ! command -v rsync >/dev/null; then apt_install openssh-server rsync; fi
+  if [[ $slow ]] && ! command -v chromium chromium-headless-shell google-chrome >/dev/null; then
+    apt_install chromium-headless-shell fonts-dejavu-core
+  fi
 }
 
 if [[ ! $skip_deps ]]; then stage "requirements" install; fi
-if [[ ! $skip_deps && $slow ]]; then stage "browser" install_browser; fi
 if [[ $skip_deps ]]; then use_python as-is; else use_python installed; fi
 
 shell_scripts=()

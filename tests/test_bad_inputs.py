@@ -278,11 +278,19 @@ def one_character(g: Ground) -> None:
     assert time.perf_counter() - started < 10
 
 
-def join_nobody(g: Ground) -> None:
+def join_nobody(g: Ground, start: Callable[[], object] | None = None) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         g.environment.delenv(name, raising=False)
     g.environment.setenv("WORLD_SIZE", "2")
-    runtime.start_processes(CONFIG.train, "fp32", on_cpu=True)
+    (start or (lambda: runtime.start_processes(CONFIG.train, "fp32", on_cpu=True)))()
+
+
+def with_a_dataset_of_elsewhere(config: Any) -> Any:
+    return {**config, "data": {**config["data"], "current_datasets": ["MINE"]}}
+
+
+def evaluate(g: Ground) -> int:
+    return evals.main([str(g.run)])
 
 
 def turn_the_clock_back(g: Ground) -> None:
@@ -340,6 +348,9 @@ CASES: list[tuple[int, str, Call, int, str]] = [
     (5, "warm-up", settings("--train.max_steps", "9"), 2, "and the whole run has 9; try --train.warmup_tokens"),
     (6, "batch", settings("--train.batch_size", "3"), 2, "try train.gradient_accumulation_steps 16"),
     (6, "WORLD_SIZE alone", join_nobody, 2, "WORLD_SIZE is 2 in the environment, but"),
+    (1, "elsewhere", then(lambda g: edit(g.step() / "config.json", with_a_dataset_of_elsewhere), evaluate), 2,
+     "data.current_datasets has no dataset 'MINE'"),
+    (6, "in evals.py", lambda g: join_nobody(g, lambda: evaluate(g)), 2, "WORLD_SIZE is 2 in the"),
     (7, "fp16 on a CPU", lambda g: choose_precision(torch.device("cpu"), "fp16"), 2, "use auto"),
     (8, "key", lambda g: Config.from_dict({"train": {"lrr": 1.0}}), 2, "unknown setting train.lrr; did you mean lr?"),
     (8, "type", lambda g: Config.from_dict({"model": {"n_layers": "2"}}), 2, "model.n_layers is '2'; expected int"),

@@ -8,6 +8,7 @@ streams) and what the card's kernels compute: docs/gpu.md lists it, and bench/gp
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import json
 import math
@@ -32,14 +33,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import generate
 import optim
-from config import PRESETS, GPTConfig, TrainingConfig
+from checkpoint import gather_tensors, save_checkpoint
+from config import PRESETS, Config, DataConfig, GPTConfig, TrainingConfig
 from decoding import DecodeStep
 from errors import ConfigError
 from hardware import PEAK_TFLOPS, allow_tf32, best_dtype, choose_precision, default_device, peak_flops, why_not_compile
 from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, BlockAttention, HeadLoss, KVCache, cross_entropy_
 from optim import build_optimizers, orthogonalize
 from runtime import to_device
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
@@ -535,7 +539,7 @@ def test_the_format_of_the_products_is_the_best_that_a_card_multiplies_in(
         if precision == "bf16":
             assert choose_precision(CUDA, wanted) == wanted
         else:
-            with pytest.raises(ConfigError, match=f"train.precision {wanted} .*{card_name}, 16 GB"):
+            with pytest.raises(ConfigError, match=f"precision {wanted} .*{card_name}, 16 GB"):
                 choose_precision(CUDA, wanted)
 
 
@@ -587,6 +591,35 @@ def test_a_card_that_this_torch_has_no_code_for_is_refused_in_one_line(
             default_device()
 
 
+def test_a_mac_s_processor_is_asked_nothing_that_its_torch_does_not_know(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    assert best_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_in_fp16_a_text_is_written_as_in_fp32_where_the_residual_stream_passes_its_largest_number(
+    tiny_model: Callable[..., GPT], tiny_tokenizer: Tokenizer, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    model = tiny_model(tiny_tokenizer.n_vocab, mlp="relu2", n_layers=4)
+    with torch.no_grad():
+        for weight in (p for name, p in model.named_parameters() if "w_down" in name):
+            weight[:8] = 200  # of what is not negative: each block adds to what is there
+    with torch.inference_mode():
+        assert not copy.deepcopy(model).half()(torch.tensor([[5]])).isfinite().all()
+    data = DataConfig(("SOTU",), (1.0,), tokenizer="bpe", bpe_vocab_size=300)
+    tensors, config = gather_tensors(model, [], keep=True), Config(data, model.config)
+    path = save_checkpoint(tmp_path, 1, tensors, {}, config, tiny_tokenizer, None)
+    options = [str(path), "--prompt", "Four score", "--max_tokens", "12", "--temperature", "0"]
+    texts = []
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr("hardware.best_dtype", lambda _, dtype=dtype: dtype)
+        assert generate.main(options) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "Four score\n"
+
+
 def test_reasons_not_to_compile_on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("CC", raising=False)
     compilers = {"gcc"}
@@ -597,7 +630,10 @@ def test_reasons_not_to_compile_on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert why_not_compile(CUDA) == "the GPU is older than Volta"
     set_capability(monkeypatch, (7, 5))
     assert why_not_compile(CUDA) is None
+    compilers.add("clang++")  # torch tries no other than g++, or what CXX names
     assert why_not_compile(torch.device("cpu")) == "no C++ compiler found"
+    monkeypatch.setenv("CXX", "clang++")
+    assert why_not_compile(torch.device("cpu")) is None
     compilers.clear()
     assert why_not_compile(CUDA) == "no C compiler found"
     compilers.add("mycc")

@@ -467,6 +467,11 @@ def test_a_dataset_that_does_not_exist_is_told_from_one_that_is_gated(hub: Hub, 
     assert_refused(script(hub.endpoint, "--data.cache_dir", str(tmp_path)), "is gated", "accept its terms")
 
 
+@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "127.0.0.1"}, {"HF_TOKEN": "hf_abc…"}], ids=str)
+def test_what_is_mistyped_in_the_environment_is_named(hub: Hub, environment: dict[str, str]) -> None:
+    assert_refused(script(hub.endpoint, **environment), "Check the network, HF_ENDPOINT and HF_TOKEN")
+
+
 def test_a_configuration_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path) -> None:
     make_fineweb_and_c4(tmp_path, 8)
     names = ("default", "sample-350BT", "CC-MAIN-2013-20")

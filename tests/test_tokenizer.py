@@ -156,12 +156,13 @@ print(again.decode(again.encode("hello world")))
 
 def test_every_tokenizer_loads_without_the_network(tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if k not in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")}
-    run = subprocess.run(
-        [sys.executable, "-c", NO_NETWORK.format(repo=str(REPO))],
-        cwd=tmp_path, env=environment | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.stderr == ""
-    assert run.stdout.splitlines() == ["31373 995", "15339 1917", "hello world"]
+    for own in ({}, {"TIKTOKEN_CACHE_DIR": str(tmp_path / "own")}):
+        run = subprocess.run(
+            [sys.executable, "-c", NO_NETWORK.format(repo=str(REPO))],
+            cwd=tmp_path, env=environment | own | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.stderr == ""
+        assert run.stdout.splitlines() == ["31373 995", "15339 1917", "hello world"]
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tokenizer: Tokenizer):
