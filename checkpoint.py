@@ -479,7 +479,8 @@ def check_same_run(path: Path, config: Config) -> None:
         old, new = dataclasses.asdict(getattr(saved, group)), dataclasses.asdict(getattr(config, group))
         changes += [f"{group}.{k} {old[k]} -> {new[k]}" for k in old if k not in free and old[k] != new[k]]
     if changes:
-        only_data = all(change.startswith("data.") for change in changes) and not config.restart_data
+        kept = ("model.", "train.", *(f"data.{name} " for name in _TOKENIZER_FIELDS))  # also by --restart_data
+        only_data = not any(change.startswith(kept) for change in changes) and not config.restart_data
         remedy = ", or --restart_data to go on with other documents" if only_data else ""
         raise CheckpointError(
             f"cannot resume {path}: {'; '.join(changes)}. Use the old values, another --train.run_name for a new run"

@@ -13,7 +13,7 @@ usage() {
 usage: ./start.sh [--skip-deps] [--dry-run] [-- options of train.py]
 
 Sets up .venv, looks at the hardware and trains. Run it again to resume.
-Without a GPU: the demo model, in minutes, and a sample of its text.
+Without a GPU: the demo model and a sample of its text, on two cores in 5 minutes (with AMX) to half an hour.
 With GPUs: the default run on all of them, in the background. It outlives this terminal and is started
 again when it dies. Run this again to watch it; Ctrl-C saves and stops it.
 

@@ -223,6 +223,8 @@ def test_a_run_goes_on_with_other_data_only_when_told_to_and_only_once(runs: Run
     other += ["--restart_data", "--train.max_steps", "24", "--data.bpe_vocab_size", "600"]
     _, err = runs("turning", *other, code=4)
     assert "data.bpe_vocab_size 512 -> 600" in err
+    _, err = runs("turning", *other[-4:], "--resume", code=4)
+    assert "restart_data" not in err  # which would not help
 
 
 # ---- hangs ------------------------------------------------------------------------------------------
