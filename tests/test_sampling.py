@@ -257,7 +257,7 @@ def test_a_prompt_from_a_file_or_a_pipe_goes_on_in_its_last_line(
     assert read_prompt(f"@{file}") == expected
     with file.open() as pipe, monkeypatch.context() as patched:
         patched.setattr("sys.stdin", pipe)
-        assert read_prompt("-").replace("\r", "") == expected
+        assert read_prompt("-") == expected
     assert read_prompt("kept\n") == "kept\n"
 
 
