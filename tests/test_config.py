@@ -515,8 +515,8 @@ class FieldReads(ast.NodeVisitor):
             called = ast.unparse(node.func)
             if called in ("dataclasses.replace", "copy.copy", "parse_arguments") and node.args:
                 return self.class_of(node.args[0]) or self._alias.get(ast.unparse(node.args[0]))
-            if called == "load_config":
-                return "Config"
+            if called in ("load_config", "DATASETS.get"):
+                return "Config" if called == "load_config" else "Dataset"
             return self._alias.get(called)
         return None
 

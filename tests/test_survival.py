@@ -409,7 +409,7 @@ def test_a_step_that_is_not_finite_is_called_so_although_its_rows_are_too_large_
 ) -> None:
     options = ["--train.lr", "1e30", "--train.max_grad_norm", "0", "--train.warmup_tokens", "0", "--data.seed", "5"]
     options += ["--model.max_length", "4096", "--train.batch_size", "2"]  # logits are 4 MB, and 8 in fp32
-    done = run_limited(runs, tmp_path / "limited.py", "score_rows", 8, "full", *options, processes=2)
+    done = run_limited(runs, tmp_path / "limited.py", "score_rows", 1, "full", *options, processes=2)
     assert "Its 4 rows could not be scored one by one: " in done.stderr, done.stderr
     status = json.loads((runs.folder / "full/status.json").read_text())
     assert (status["exit_code"], "could not be scored" in status["error"]) == (5, True)
