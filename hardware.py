@@ -136,7 +136,7 @@ def why_not_compile(device: torch.device) -> str | None:
         if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
             return "no C compiler found"
     elif not shutil.which(compiler := os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
-        return f"no C++ compiler found: torch takes {compiler} only, or what CXX names"
+        return f"there is no C++ compiler {compiler}; CXX may name another"
     headers = (sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix"))
     if not any(Path(folder, "Python.h").exists() for folder in headers):
         return "no Python.h found; on Debian and Ubuntu: apt install python3-dev"
