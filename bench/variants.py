@@ -214,8 +214,8 @@ def normuon(beta: float = 0.95) -> None:
     optim.orthogonalize_together = orthogonalize_together
 
 
-def four_polynomials(*polynomials: tuple[float, float, float]) -> Callable[[], None]:
-    """Orthogonalised by four steps instead of five."""
+def other_polynomials(*polynomials: tuple[float, float, float]) -> Callable[[], None]:
+    """Orthogonalised by other polynomials, as many as there are."""
     safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in polynomials[:-1]] + [polynomials[-1]]
 
     def change() -> None:
@@ -224,8 +224,8 @@ def four_polynomials(*polynomials: tuple[float, float, float]) -> Callable[[], N
     return change
 
 
-# Polar Express (arXiv:2505.16932, its code's algorithm, which gives optim.py's five for 0.001) for singular values from
-# 0.005, and from 0.003.
+# Polar Express (arXiv:2505.16932; by its code, which gives optim.py's five for 0.001) for singular values from 0.005,
+# 0.003 and 0.02.
 FROM_5E_3 = (
     (8.152107458208128, -23.21120807024078, 17.018342976089436),
     (3.9094317928813322, -2.8997807585460174, 0.5538706667371186),
@@ -238,14 +238,18 @@ FROM_3E_3 = (
     (3.5235614361928396, -2.6398035290594577, 0.5272128341911072),
     (2.5115271663527308, -1.8524483560830058, 0.4388326355802106),
 )
+FROM_2E_2 = (
+    (7.683060900379199, -21.87570834771988, 16.039161183674562),
+    (3.2180804367864178, -2.4132861456261425, 0.5015390222317051),
+    (2.2203684814920726, -1.5958909913675505, 0.41095148287740363),
+)
 
 
-def balanced_rows() -> None:
-    """Four steps behind rows scaled by their sums in the Gram matrix (AOL, arXiv:2208.03160; for Muon arXiv:2512.04632).
+def balanced_rows(*polynomials: tuple[float, float, float]) -> Callable[[], None]:
+    """Rows scaled by their sums in the Gram matrix (AOL, arXiv:2208.03160; for Muon arXiv:2512.04632).
 
     The largest singular value is then at most 1 without the Frobenius norm, and the others come nearer to it.
     """
-    four_polynomials(*FROM_5E_3)()
 
     def orthogonalize(x: Tensor) -> Tensor:
         wide = x.size(1) <= x.size(2)
@@ -259,7 +263,11 @@ def balanced_rows() -> None:
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return (x if wide else x.mT).bfloat16()
 
-    optim.orthogonalize = orthogonalize
+    def change() -> None:
+        other_polynomials(*polynomials)()
+        optim.orthogonalize = orthogonalize
+
+    return change
 
 
 def torch_muon() -> None:
@@ -347,9 +355,10 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
     "normuon": normuon,
-    "polar-4": four_polynomials(*FROM_5E_3),
-    "polar-4-from-0.003": four_polynomials(*FROM_3E_3),
-    "balanced-rows-4": balanced_rows,
+    "polar-4": other_polynomials(*FROM_5E_3),
+    "polar-4-from-0.003": other_polynomials(*FROM_3E_3),
+    "balanced-rows-4": balanced_rows(*FROM_5E_3),
+    "balanced-rows-3": balanced_rows(*FROM_2E_2),
     "torch-muon": torch_muon,
     "adamw-blocks": adamw_blocks,
     "short-rows-first": short_rows_first((100, 4)),
