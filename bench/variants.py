@@ -224,13 +224,14 @@ def other_polynomials(*polynomials: tuple[float, float, float]) -> Callable[[], 
     return change
 
 
-# Polar Express (arXiv:2505.16932; by its code, which gives optim.py's five for 0.001) for singular values from 0.005,
+# Polar Express (arXiv:2505.16932; by its code, which gives optim.py's four for 0.005) for singular values from 0.001,
 # 0.003 and 0.02.
-FROM_5E_3 = (
-    (8.152107458208128, -23.21120807024078, 17.018342976089436),
-    (3.9094317928813322, -2.8997807585460174, 0.5538706667371186),
-    (3.189818320216991, -2.391949019784006, 0.4991274180632689),
-    (2.2000281800359818, -1.5770596350587665, 0.40893738237389937),
+FROM_1E_3 = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 FROM_3E_3 = (
     (8.219101105846397, -23.401956720536173, 17.1581989432209),
@@ -355,9 +356,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-unsplit": muon_unsplit,
     "cautious-decay": cautious_decay,
     "normuon": normuon,
-    "polar-4": other_polynomials(*FROM_5E_3),
+    "polar-5": other_polynomials(*FROM_1E_3),
     "polar-4-from-0.003": other_polynomials(*FROM_3E_3),
-    "balanced-rows-4": balanced_rows(*FROM_5E_3),
+    "balanced-rows-4": balanced_rows(*optim._POLYNOMIALS),
     "balanced-rows-3": balanced_rows(*FROM_2E_2),
     "torch-muon": torch_muon,
     "adamw-blocks": adamw_blocks,

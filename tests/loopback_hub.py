@@ -47,14 +47,15 @@ class Hub:
     """Serves every folder root/<org>/<name> as a dataset repository whose only branch is main.
 
     endpoint  the URL, for HF_ENDPOINT
-    requests  (method, unquoted path, bytes of body sent) of every answer, once it is complete or broken off
+    requests  [method, unquoted path, bytes of body sent] of every answer, from before its first byte: what a client
+              has an answer to is here
     tokens    what clients sent as Authorization
     faults    called with the path of each request; a Fault replaces or spoils the answer
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.requests: list[tuple[str, str, int]] = []
+        self.requests: list[list[Any]] = []
         self.tokens: set[str] = set()
         self.faults: Callable[[str], Fault | None] = lambda path: None
         self.connections: set[socket.socket] = set()
@@ -168,16 +169,15 @@ class _Handler(BaseHTTPRequestHandler):
             return 206, headers | {"Content-Range": f"bytes {start}-{end}/{size}"}, file.read(end + 1 - start)
 
     def send(self, path: str, status: int, headers: dict[str, str], body: bytes, fault: Fault) -> None:
+        request: list[Any] = [self.command, path, 0]
+        self.hub.requests.append(request)
         self.send_response(status)
         for key, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(key, value)
         self.end_headers()
-        body, sent = b"" if self.command == "HEAD" else body[: fault.drop_after], 0
-        try:
-            while sent < len(body):
-                sent += self.connection.send(body[sent : sent + (1 << 16)])
-        finally:
-            self.hub.requests.append((self.command, path, sent))
+        body = b"" if self.command == "HEAD" else body[: fault.drop_after]
+        while request[2] < len(body):
+            request[2] += self.connection.send(body[request[2] : request[2] + (1 << 16)])
         if fault.drop_after is not None:
             self.hub.closing.wait(fault.stall)
             self.close_connection = True

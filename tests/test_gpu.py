@@ -318,7 +318,7 @@ def test_muon_multiplies_matrices_of_one_shape_together(card: None):
         with Watch() as watch:
             muon.step()
         counts.append(sum(watch.names[name] for name in PRODUCTS))
-    assert counts[0] == counts[1] == 4 * 15  # four shapes, five polynomials of three products
+    assert counts[0] == counts[1] == 4 * 12  # four shapes, four polynomials of three products
 
 
 @pytest.mark.parametrize(
@@ -348,11 +348,11 @@ def test_orthogonalising_in_other_formats_brings_singular_values_near_one_as_wel
     monkeypatch.setattr(optim, "best_dtype", lambda device: dtype)
     generator = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-    x = scale * (u * torch.logspace(0, -2, u.size(2))) @ v
-    values = torch.linalg.svdvals(orthogonalize(x).float())
+    before = torch.logspace(0, -1.5, u.size(2))
+    values = torch.linalg.svdvals(orthogonalize(scale * (u * before) @ v).float())
     small = scale < 1e-7  # what adds nothing to a weight may stay small, but never becomes NaN or large
     assert values.min() >= 0 if small else values.min() > 0.7
-    assert values.max() < 1.3
+    assert values.max() < 1.15
 
 
 # ---- fp16 -----------------------------------------------------------------------------------------

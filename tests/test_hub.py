@@ -216,7 +216,7 @@ class Bursts:
             return self._kinds[self.met % len(self._kinds)]
 
 
-def resolved(hub: Hub) -> list[tuple[str, str, int]]:
+def resolved(hub: Hub) -> list[list[Any]]:
     """The requests for content of files."""
     return [request for request in hub.requests if "/resolve/" in request[1]]
 

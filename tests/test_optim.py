@@ -46,14 +46,19 @@ def weight_of(value: Tensor, gradient: Tensor) -> Tensor:
 # ---- orthogonalize -------------------------------------------------------------------------
 
 
+def assert_near_one(values: Tensor, before: Tensor) -> None:
+    """Singular values after orthogonalize and before, (n, r): near 1, but that a tiny share of the norm only grows."""
+    share = before / before.norm(dim=1, keepdim=True)
+    assert (values > 0.85 * (share / 0.005).clamp(max=1)).all()
+    assert values.max() < 1.15
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("smallest", [0.5, 0.03, 0.01])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 64), (2, 64, 16), (1, 128, 128), (1, 1, 64), (1, 64, 1)], ids=str)
 def test_orthogonalize_brings_all_singular_values_near_one(shape: tuple[int, int, int], smallest: float, scale: float):
     _, _, x = with_singular_values(*shape, smallest)
-    values = torch.linalg.svdvals(orthogonalize(scale * x).float())
-    assert values.min() > 0.7
-    assert values.max() < 1.3
+    assert_near_one(torch.linalg.svdvals(orthogonalize(scale * x).float()), torch.linalg.svdvals(x))
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 48), (2, 48, 16)], ids=str)
@@ -97,7 +102,7 @@ def test_in_fp32_orthogonalize_gives_the_polynomials_of_the_singular_values(
     assert torch.linalg.matrix_norm(error, 2).item() < 0.02  # a bf16 of 1 is within 0.004
 
 
-@pytest.mark.parametrize(("columns", "share"), [(48, 1.0), (72, 1.0), (96, 42 / 50), (480, 74 / 210)])
+@pytest.mark.parametrize(("columns", "share"), [(48, 1.0), (72, 1.0), (96, 34 / 40), (480, 66 / 168)])
 def test_in_fp32_a_matrix_much_longer_than_wide_takes_fewer_operations(
     monkeypatch: pytest.MonkeyPatch, columns: int, share: float
 ):
@@ -105,7 +110,7 @@ def test_in_fp32_a_matrix_much_longer_than_wide_takes_fewer_operations(
     for x in (random(2, 48, columns), random(2, columns, 48)):
         with FlopCounterMode(display=False) as counter:
             orthogonalize(x)
-        assert counter.get_total_flops() == pytest.approx(share * 2 * (20 * 48**2 * columns + 10 * 48**3), rel=1e-6)
+        assert counter.get_total_flops() == pytest.approx(share * 2 * (16 * 48**2 * columns + 8 * 48**3), rel=1e-6)
 
 
 # ---- Muon ----------------------------------------------------------------------------------
