@@ -44,6 +44,7 @@ struct Model {
   const float* final_norm;  // (D)
   const float *cos, *sin;   // (max_length, K/2)
   int64_t n_layers, D, H, G, K, threads, swiglu;
+  int64_t rows_at_once, ahead;  // how weights are read: 1 or 2 side by side, asked for so many bytes ahead
   double eps;
 };
 
@@ -58,40 +59,39 @@ static void normed(const float* x, const float* weight, float eps, int64_t n, fl
 }
 
 // Sums of N rows of w (N, columns) times x (columns), in LANES lanes each, whose order no compiler may change by itself.
-// 2 rows, 32 lanes and 6 KB ahead read bf16 at 85 to 90% of the memory's speed; other numbers of rows and lanes, or half
-// as far, at 60 to 80%, and int8 without prefetching at half of its speed with it.
-static const int64_t ROWS = 2, LANES = 32, AHEAD = 6144;  // bytes
+static const int64_t LANES = 32;
 
-template <class W>
-static void dot(const W* const w[ROWS], const float* x, int64_t columns, float sums[ROWS]) {
-  float lanes[ROWS][LANES] = {};
+template <class W, int64_t N>
+static void dot(const W* const w[N], const float* x, int64_t columns, int64_t ahead, float sums[N]) {
+  float lanes[N][LANES] = {};
   int64_t whole = columns / LANES * LANES;
   for (int64_t c = 0; c < whole; c += LANES)
-    for (int64_t i = 0; i < ROWS; i++) {
+    for (int64_t i = 0; i < N; i++) {
       for (int64_t byte = 0; byte < LANES * int64_t(sizeof(W)); byte += 64)
-        __builtin_prefetch((const char*)(w[i] + c) + AHEAD + byte);
+        __builtin_prefetch((const char*)(w[i] + c) + ahead + byte);
 #pragma omp simd
       for (int64_t l = 0; l < LANES; l++) lanes[i][l] += float(w[i][c + l]) * x[c + l];
     }
-  for (int64_t i = 0; i < ROWS; i++) {
+  for (int64_t i = 0; i < N; i++) {
     sums[i] = 0;
     for (int64_t l = 0; l < LANES; l++) sums[i] += lanes[i][l];
     for (int64_t c = whole; c < columns; c++) sums[i] += float(w[i][c]) * x[c];
   }
 }
 
-// Calls store(b, r, (x W^T)[b, r]) for x (B, columns). All threads share the rows, and wait for each other at the end.
-template <class W, class Store>
-static void multiply(const Matrix& m, const float* x, int64_t B, Store store) {
+// Calls store(b, r, sum, scale), whose product is (x W^T)[b, r], for x (B, columns). All threads share the rows, and
+// wait for each other at the end.
+template <class W, int64_t N, class Store>
+static void multiply_by(const Matrix& m, const float* x, int64_t B, int64_t ahead, Store store) {
 #pragma omp for schedule(static)
-  for (int64_t r = 0; r < m.rows; r += ROWS) {
-    const W* w[ROWS];
-    for (int64_t i = 0; i < ROWS; i++) w[i] = (const W*)m.weight + std::min(r + i, m.rows - 1) * m.columns;
+  for (int64_t r = 0; r < m.rows; r += N) {
+    const W* w[N];
+    for (int64_t i = 0; i < N; i++) w[i] = (const W*)m.weight + std::min(r + i, m.rows - 1) * m.columns;
     for (int64_t b = 0; b < B; b++) {
-      float sums[ROWS];
-      dot(w, x + b * m.columns, m.columns, sums);
-      for (int64_t i = 0; i < std::min(ROWS, m.rows - r); i++)
-        store(b, r + i, m.scale ? sums[i] * m.scale[r + i] : sums[i]);
+      float sums[N];
+      dot<W, N>(w, x + b * m.columns, m.columns, ahead, sums);
+      for (int64_t i = 0; i < std::min(N, m.rows - r); i++)
+        store(b, r + i, sums[i], m.scale ? m.scale[r + i] : 1);
     }
   }
 }
@@ -132,6 +132,10 @@ static void attend(const float* q, const C* keys, const C* values, int64_t n, in
 // filled; logits (B, V).
 template <class W, class C>
 static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_t length, int64_t seen, float* logits) {
+  auto multiply = [&](const Matrix& matrix, const float* x, auto store) {
+    if (m.rows_at_once == 1) multiply_by<W, 1>(matrix, x, B, m.ahead, store);
+    else multiply_by<W, 2>(matrix, x, B, m.ahead, store);
+  };
   const int64_t D = m.D, H = m.H, G = m.G, K = m.K, width = (H + 2 * G) * K, F = m.layers[0].w_down.columns;
   const int64_t up = m.layers[0].w_up.rows;
   std::vector<float> qkv(B * width), y(B * H * K), hidden(B * up), gated(B * F);
@@ -141,11 +145,12 @@ static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_
     auto norm_rows = [&](const float* weight) {  // by each thread for itself: sooner done than waited for
       for (int64_t b = 0; b < B; b++) normed(&x[b * D], weight, m.eps, D, &n[b * D]);
     };
-    auto add = [&](int64_t b, int64_t r, float value) { x[b * D + r] += value; };
+    // Fused, or the compiler would choose, and not alike for the two ways to read weights.
+    auto add = [&](int64_t b, int64_t r, float v, float s) { x[b * D + r] = std::fma(v, s, x[b * D + r]); };
     for (int64_t l = 0; l < m.n_layers; l++) {
       const Layer& layer = m.layers[l];
       norm_rows(layer.attention_norm);
-      multiply<W>(layer.wqkv, n.data(), B, [&](int64_t b, int64_t r, float v) { qkv[b * width + r] = v; });
+      multiply(layer.wqkv, n.data(), [&](int64_t b, int64_t r, float v, float s) { qkv[b * width + r] = v * s; });
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < B * G; i++) {
         int64_t b = i / G, g = i % G;
@@ -161,20 +166,20 @@ static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_
           attend(q + h * K, cached_keys, cached_values, seen + 1, K, scores.data(), out);
         }
       }
-      multiply<W>(layer.wo, y.data(), B, add);
+      multiply(layer.wo, y.data(), add);
       norm_rows(layer.mlp_norm);
-      multiply<W>(layer.w_up, n.data(), B, [&](int64_t b, int64_t r, float v) { hidden[b * up + r] = v; });
+      multiply(layer.w_up, n.data(), [&](int64_t b, int64_t r, float v, float s) { hidden[b * up + r] = v * s; });
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < B * F; i++) {
         const float* row = &hidden[i / F * up + i % F];
         if (m.swiglu) gated[i] = row[0] / (1 + std::exp(-row[0])) * row[F];
         else gated[i] = std::max(row[0], 0.0f) * std::max(row[0], 0.0f);
       }
-      multiply<W>(layer.w_down, gated.data(), B, add);
+      multiply(layer.w_down, gated.data(), add);
     }
     norm_rows(m.final_norm);
     const int64_t V = m.head.rows;
-    multiply<W>(m.head, n.data(), B, [&](int64_t b, int64_t r, float v) { logits[b * V + r] = v; });
+    multiply(m.head, n.data(), [&](int64_t b, int64_t r, float v, float s) { logits[b * V + r] = v * s; });
   }
 }
 

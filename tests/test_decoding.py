@@ -6,6 +6,7 @@ import os
 import pwd
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,45 @@ def test_it_computes_the_same_bits_with_any_number_of_threads_and_rows(tiny_mode
             assert torch.equal(steps_from(CompiledStep(model), model, ids, 0), alone)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("fields", SHAPES, ids=repr)
+@torch.inference_mode()
+def test_it_computes_the_same_bits_whichever_way_it_reads_the_weights(
+    tiny_model: Build, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], dtype: torch.dtype, int8: bool
+) -> None:
+    model = trained(tiny_model(**fields)).to(dtype)
+    ids = torch.randint(0, model.config.vocab_size, (2, 20))
+    logits = []
+    for way in decoding.WAYS:
+        monkeypatch.setattr(decoding, "WAYS", (way,))
+        logits.append(steps_from(CompiledStep(model, int8), model, ids, 0))
+    assert len(logits) > 1
+    assert all(torch.equal(each, logits[0]) for each in logits)
+
+
+@pytest.mark.parametrize("slow", decoding.WAYS, ids=str)
+@torch.inference_mode()
+def test_each_way_to_read_the_weights_is_tried_and_a_slow_one_left(
+    tiny_model: Build, monkeypatch: pytest.MonkeyPatch, slow: tuple[int, int]
+) -> None:
+    model = trained(tiny_model(max_length=64))
+    decode, used = CompiledStep(model), []
+    plain = decode._step
+
+    def step(*arguments: Any) -> None:
+        used.append((decode._model.rows_at_once, decode._model.ahead))
+        plain(*arguments)
+        if used[-1] == slow:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(decode, "_step", step)
+    steps_from(decode, model, torch.ones(1, 64, dtype=torch.long), 0)
+    n = len(decoding.WAYS) * decoding.TRIES
+    assert {way: used[:n].count(way) for way in used[:n]} == dict.fromkeys(decoding.WAYS, decoding.TRIES)
+    assert slow not in used[n:]
+    assert len(used) == 64
 
 
 @torch.inference_mode()
