@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Polar Express (arXiv:2505.16932, Algorithm 1): the odd polynomials a x + b x^3 + c x^5 whose composition
 # takes singular values from [0.005, 1] closest to 1 in 4 steps. Five, from 0.001, are no better up to 36M parameters
 # (docs/recipe.md). Each but the last is evaluated at x / 1.01, as there: a value that rounding lifts above 1 would
-# otherwise grow (measured: to 1.54 instead of 1.09).
+# otherwise grow (docs/log.md).
 _POLYNOMIALS = (
     (8.152107458208128, -23.21120807024078, 17.018342976089436),
     (3.9094317928813322, -2.8997807585460174, 0.5538706667371186),
