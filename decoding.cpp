@@ -132,9 +132,10 @@ static void attend(const float* q, const C* keys, const C* values, int64_t n, in
 // filled; logits (B, V).
 template <class W, class C>
 static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_t length, int64_t seen, float* logits) {
+  const int64_t rows_at_once = m.rows_at_once, ahead = m.ahead;  // of this step, whatever another thread sets
   auto multiply = [&](const Matrix& matrix, const float* x, auto store) {
-    if (m.rows_at_once == 1) multiply_by<W, 1>(matrix, x, B, m.ahead, store);
-    else multiply_by<W, 2>(matrix, x, B, m.ahead, store);
+    if (rows_at_once == 1) multiply_by<W, 1>(matrix, x, B, ahead, store);
+    else multiply_by<W, 2>(matrix, x, B, ahead, store);
   };
   const int64_t D = m.D, H = m.H, G = m.G, K = m.K, width = (H + 2 * G) * K, F = m.layers[0].w_down.columns;
   const int64_t up = m.layers[0].w_up.rows;
@@ -145,7 +146,7 @@ static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_
     auto norm_rows = [&](const float* weight) {  // by each thread for itself: sooner done than waited for
       for (int64_t b = 0; b < B; b++) normed(&x[b * D], weight, m.eps, D, &n[b * D]);
     };
-    // Fused, or the compiler would choose, and not alike for the two ways to read weights.
+    // Fused by name: a compiler may fuse a product and a sum, and once did for one way to read int8 weights only.
     auto add = [&](int64_t b, int64_t r, float v, float s) { x[b * D + r] = std::fma(v, s, x[b * D + r]); };
     for (int64_t l = 0; l < m.n_layers; l++) {
       const Layer& layer = m.layers[l];

@@ -50,9 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.temperature == 0 and arguments.num_samples > 1:
         complain(f"--temperature 0 always takes the likeliest token: the {arguments.num_samples} texts will be equal")
 
-    # Read when torch is imported: arrays of 2 MB and more in pages of that size. A model larger than the caches writes
-    # a tenth faster.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch  # after parsing: --help and mistakes are answered at once
 
     from checkpoint import load_model

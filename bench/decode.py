@@ -3,8 +3,9 @@
 A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: speed does not depend on them) writes
 greedily behind a prompt of 16 tokens: ours in bf16 and with weights in int8, transformers' GPT2LMHeadModel.generate in
 bf16 and fp32, and, where llama-cpp-python is installed, ours in llama.cpp in f16. The demo's size does so as
-well, but for llama.cpp. They take turns in one process. The bound is what the memory delivers: bytes of the bf16
-weights that a token needs over the speed at which this machine reads memory, measured in the same rounds. On a
+well, but for llama.cpp. They take turns in one process, after a text each to warm up, in which our first tokens try
+how weights are read fastest. The bound is what the memory delivers: bytes of the bf16 weights that a token needs over
+the speed at which this machine reads memory, measured in the same rounds. Ratios are medians over the rounds. On a
 processor without instructions for bf16 all of it is in fp32, but for int8 weights and llama.cpp. With the default
 settings it writes results/bench/decode.json, or decode_fp32.json for such a processor.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import os
 import statistics
 import sys
 import tempfile
@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as generate.py
 
 import torch
 
@@ -142,12 +140,16 @@ def main() -> int:
                 decode()
                 speeds[name].append(tokens / (time.perf_counter() - started))
         medians = {name: statistics.median(values) for name, values in speeds.items()}
+
+        def ratio(name: str, other: str, speeds: dict[str, list[float]] = speeds) -> float:  # by round: speed varies
+            return statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True))
+
         print(f"{size}: {counts['total'] / 1e6:.1f}M parameters, {n_bytes / 1e6:.0f} MB of {best} weights per token")
         for name, speed in medians.items():
-            print(f"  {name:<20}{speed:>8.1f} tokens/s{speed / medians['bound']:>8.1%} of the bound")
+            print(f"  {name:<20}{speed:>8.1f} tokens/s{ratio(name, 'bound'):>8.1%} of the bound")
         for name in (f"ours {best}", "ours int8"):
             for peer in [p for p in contenders if not p.startswith("ours")]:
-                print(f"  {name}: {medians[name] / medians[peer]:.2f} x {peer}")
+                print(f"  {name}: {ratio(name, peer):.2f} x {peer}")
         print()
         results[size] = {name: [round(v, 1) for v in values] for name, values in speeds.items()}
     publish(parser, f"bench/decode{'_fp32' if best == 'fp32' else ''}.json", results)
