@@ -29,9 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import TOKENIZERS, Config, DataConfig
+from config import TOKENIZERS, Config, DataConfig, GPTConfig
 from errors import ConfigError, UserError
 from files import PARTIAL, flush, lock_folder, write_json
+from hardware import in_large_pages
 from interop import from_hub_config, from_hub_weights, from_tokenizer_json
 from model import GPT
 from tokenizer import Tokenizer
@@ -335,20 +336,22 @@ def load_model(
     except DamagedCheckpoint as error:
         raise CheckpointError(f"{error}; use another checkpoint of this run, or copy this one again") from None
     config, tokenizer = read_config(path), load_tokenizer(path)
-    model = _empty_model(config, tokenizer)
+    model = empty_model(config.model.resolved(tokenizer.n_vocab), dtype)
     load_weights(model, path)
-    return model.to(device, dtype).eval(), tokenizer, config, _read_manifest(path)["step"]
+    return model.to(device).eval(), tokenizer, config, _read_manifest(path)["step"]
 
 
-def _empty_model(config: Config, tokenizer: Tokenizer) -> GPT:
-    """A model whose weights are yet to be filled in."""
+def empty_model(config: GPTConfig, dtype: torch.dtype) -> GPT:
+    """A model in memory that is read fast, whose weights are yet to be filled in."""
     with torch.device("meta"):
-        model = GPT(config.model.resolved(tokenizer.n_vocab))
-    model = model.to_empty(device="cpu")
-    if model.config.tie_embeddings:  # to_empty gives each name a tensor of its own
+        model = GPT(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # without a tied head
+    weights = dict(zip(shapes, in_large_pages(list(shapes.values()), dtype), strict=True))
+    model.load_state_dict(weights, strict=False, assign=True)
+    if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     model.init_rotary()
-    return model
+    return model.to(dtype)  # the rotation's tables
 
 
 def is_hub_model(path: Path) -> bool:
@@ -386,7 +389,7 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
         tokenizer = from_tokenizer_json(_read_json(path / "tokenizer.json"), eot[0] if isinstance(eot, list) else eot)
         name: Any = tokenizer.name if tokenizer.name in TOKENIZERS else "bpe"  # what a run that starts from it needs
         config.data = DataConfig(tokenizer=name, bpe_vocab_size=tokenizer.n_vocab)
-        model = _empty_model(config, tokenizer)
+        model = empty_model(config.model.resolved(tokenizer.n_vocab), dtype)
         tensors = {name: tensor for file in files for name, tensor in _read_tensors(path / file).items()}
         copy_weights(model, from_hub_weights(tensors, config.model))
     except (ConfigError, RuntimeError) as error:  # RuntimeError: of another shape
@@ -395,7 +398,7 @@ def _load_hub_model(path: Path, device: torch.device | str, dtype: torch.dtype) 
         raise CheckpointError(
             f"{path} cannot be imported: a file of it is not what its name says ({error!r})"
         ) from None
-    return model.to(device, dtype).eval(), tokenizer, config
+    return model.to(device).eval(), tokenizer, config
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from errors import ConfigError, complain
 from files import whole_file
-from hardware import lines_of
+from hardware import in_large_pages, lines_of
 from model import GPT, Block, KVCache, RMSNorm
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
@@ -92,17 +92,20 @@ class CompiledStep:
             self._held.append(values.detach().float().contiguous())
             return self._held[-1].data_ptr()
 
+        stored = torch.int8 if int8 else self._dtype
+        matrices = [weight for weight, _ in model.block_matrices()] + [model.head.weight]
+        rooms = iter(in_large_pages([weight.shape for weight in matrices], stored))
+
         def matrix(weight: Tensor) -> _Matrix:
-            scale = None
-            weight = weight.detach()
+            kept, scale = weight.detach(), None
             if int8:
-                rows = weight.float()
+                rows = kept.float()
                 scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-                weight, scale = (rows / scales).round().to(torch.int8), vector(scales)
-            else:
-                weight = weight.to(self._dtype)
-            self._held.append(weight.contiguous())
-            return _Matrix(self._held[-1].data_ptr(), scale, *weight.shape)
+                kept, scale = next(rooms).copy_((rows / scales).round()), vector(scales)
+            elif kept.dtype != stored or not kept.is_contiguous():
+                kept = next(rooms).copy_(kept)
+            self._held.append(kept)
+            return _Matrix(kept.data_ptr(), scale, *kept.shape)
 
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         layers = (_Layer * c.n_layers)()

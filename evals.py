@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from checkpoint import find_checkpoint, is_hub_model, load_model, read_config, read_state
+    from decoding import decode_step
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
@@ -194,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path:
         settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
         with autocast():
-            results["samples"] = {p: generate_text(model, p, tokenizer, settings)[0] for p in arguments.prompts}
+            decode = decode_step(model)
+            texts = [generate_text(model, p, tokenizer, settings, decode)[0] for p in arguments.prompts]
+        results["samples"] = dict(zip(arguments.prompts, texts, strict=True))
         for prompt, text in results["samples"].items():
             say(f"\n--- {prompt}\n{prompt}{text}")
         results["diversity"] = diversity(list(results["samples"].values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import platform
 import re
@@ -11,11 +12,13 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import ConfigError
 
@@ -175,6 +178,26 @@ def keep_freed_memory() -> None:
     # setting the other one would fix it at 128 kB, and every array would be mapped anew.
     if mallopt is not None and (mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 2**25)):
         mallopt(trim_threshold, most)
+
+
+def in_large_pages(shapes: Sequence[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+    """Arrays to be filled, one behind another in pages of 2 MB if Linux has them; memory is taken when one is filled.
+
+    For weights that are read again for each token: a processor keeps the places of few pages, and looks up those of
+    4 kB all the time (docs/log.md).
+    """
+    page, line = 2**21, 64
+    ends = list(accumulate(-(-shape.numel() * dtype.itemsize // line) * line for shape in shapes))
+    try:
+        area = mmap.mmap(-1, page + ends[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area.madvise(mmap.MADV_HUGEPAGE)
+    except (AttributeError, OSError):  # another system, or a Linux without them
+        return [torch.empty(shape, dtype=dtype) for shape in shapes]
+    first = -torch.frombuffer(area, dtype=torch.uint8).data_ptr() % page
+    return [
+        torch.frombuffer(area, dtype=dtype, count=shape.numel(), offset=first + start).view(shape)
+        for shape, start in zip(shapes, [0, *ends], strict=False)
+    ]
 
 
 def describe(device: torch.device) -> str:

@@ -28,17 +28,33 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
     repetition penalty, temperature, top-k, top-p, min-p. temperature 0 gives all to the likeliest token.
     Raises NonFiniteError when a row holds NaN or +inf, or nothing but -inf.
     """
-    shape = logits.shape
-    logits = penalised(logits.float(), config, seen)
     if config.temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+        return torch.zeros(logits.shape, device=logits.device).scatter_(1, likeliest(logits, config, seen)[:, None], 1)
+    p, ids = candidates(logits, config, seen)
+    return p if ids is None else p.new_zeros(logits.shape).scatter_(1, ids, p)
+
+
+def likeliest(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> Tensor:
+    """The ids (B,) that temperature 0 takes."""
+    return penalised(logits.float(), config, seen).max(dim=1).indices  # argmax takes thrice as long
+
+
+def candidates(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same at a temperature above 0, but of few tokens: probabilities (B, n) and the ids (B, n) they are of.
+
+    Without top-k and top-p n is V, and instead of the ids comes None: they are in order.
+    """
+    logits = penalised(logits.float(), config, seen)
     logits = (logits - logits.amax(dim=1, keepdim=True)) / config.temperature  # so that no division overflows
     order = None
     if 0 < config.top_k < logits.size(1):
-        weakest = logits.topk(config.top_k, dim=1).values[:, -1:]
-        n = int((logits >= weakest).sum(dim=1).max())  # more than k where several are as likely as the k-th
-        logits, order = logits.topk(n, dim=1)  # what follows has these few to work on
-        logits = logits.masked_fill(logits < weakest, -torch.inf)
+        every = logits
+        logits, order = every.topk(config.top_k, dim=1)  # what follows has these few to work on
+        weakest = logits[:, -1:]
+        n = int((every >= weakest).sum(dim=1).max())  # more than k where several are as likely as the k-th
+        if n > config.top_k:
+            logits, order = every.topk(n, dim=1)
+            logits = logits.masked_fill(logits < weakest, -torch.inf)
     elif config.top_p < 1:
         logits, order = logits.sort(dim=1, descending=True, stable=True)
     if config.top_p < 1:
@@ -49,7 +65,7 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
     if config.min_p > 0:
         p = p * (p >= config.min_p * p.amax(dim=1, keepdim=True))
         p = p / p.sum(dim=1, keepdim=True)
-    return p if order is None else p.new_zeros(shape).scatter_(1, order, p)
+    return p, order
 
 
 def penalised(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> Tensor:
@@ -121,9 +137,11 @@ def generate_ids(
         # Rows of the embedding beyond the tokenizer's entries are padding; they are never sampled.
         known = logits[:, : tokenizer.n_vocab].index_fill_(1, silent, -torch.inf)
         if config.temperature == 0:
-            drawn = penalised(known.float(), config, ids).max(dim=1).indices  # argmax takes thrice as long
+            drawn = likeliest(known, config, ids)
         else:
-            drawn = torch.multinomial(next_token_probabilities(known, config, ids), 1, generator=generator).squeeze(1)
+            p, order = candidates(known, config, ids)
+            place = torch.multinomial(p, 1, generator=generator)  # makes a random number for each: of 50,257 in 1 ms
+            drawn = (place if order is None else order.gather(1, place)).squeeze(1)
         drawn = torch.where(ended, tokenizer.eot_id, drawn)
         ended = ended | (drawn == tokenizer.eot_id)
         ids = torch.cat((ids, drawn[:, None]), dim=1)

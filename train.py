@@ -106,6 +106,7 @@ def train(config: Config) -> int:
         save_checkpoint,
         write_status,
     )
+    from decoding import decode_step
     from files import check_lock, write_json
     from hardware import (
         allow_tf32,
@@ -330,7 +331,7 @@ def train(config: Config) -> int:
         if finite and (is_main or c.fsdp):  # a divided model runs in all processes; the same seed gives them one text
             settings = dataclasses.replace(config.generation, max_tokens=config.eval.sample_tokens, num_samples=1)
             with accelerator.autocast():
-                decode = by_module(model) if c.fsdp else None
+                decode = by_module(model) if c.fsdp else decode_step(model)
                 for prompt in config.eval.prompts:
                     samples += [prompt + generate_text(model, prompt, tokenizer, settings, decode)[0]]
                     say(f"  sample       {' '.join(samples[-1].split())[:84]}")

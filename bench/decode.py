@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.context import PEER, context, need, positive, publish
 from bench.peers import gpt2
+from checkpoint import copy_weights, empty_model
 from config import PRESETS, GenerationConfig, GPTConfig
 from decoding import decode_step
 from export import write_gguf
-from hardware import best_dtype, choose_precision
+from hardware import best_dtype, choose_precision, in_large_pages
 from interop import to_hub_weights
 from model import GPT
 from sampling import generate_ids
@@ -52,7 +53,8 @@ def tokenizer_of(n_vocab: int) -> Tokenizer:
 
 def ours(shape: GPTConfig, n_vocab: int, tokens: int, int8: bool) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = GPT(shape.resolved(n_vocab)).to(best_dtype(torch.device("cpu"))).eval()
+    model = empty_model(shape.resolved(n_vocab), best_dtype(torch.device("cpu"))).eval()
+    copy_weights(model, GPT(model.config).state_dict())
     tokenizer = tokenizer_of(n_vocab)
     greedy = GenerationConfig(max_tokens=tokens, temperature=0)
     step = decode_step(model, int8=int8)
@@ -98,7 +100,8 @@ def llama_cpp(shape: GPTConfig, tokens: int) -> Callable[[], None]:
 
 def read_speed() -> float:
     """Bytes per second that the processors read from memory, at best of five readings of a gigabyte."""
-    block = torch.ones(2**28)
+    (block,) = in_large_pages([torch.Size([2**28])], torch.float32)
+    block.fill_(1)
     times = []
     for _ in range(5):
         started = time.perf_counter()

@@ -605,7 +605,7 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "hardware": {"errors"},
     "memory": {"config", "errors", "hardware", "model", "optim"},
     "interop": {"config", "errors", "tokenizer"},
-    "checkpoint": {"config", "errors", "files", "interop", "model", "tokenizer"},
+    "checkpoint": {"config", "errors", "files", "hardware", "interop", "model", "tokenizer"},
     "decoding": {"errors", "files", "hardware", "model"},
     "sampling": {"config", "decoding", "errors", "model", "tokenizer"},
     "pages": {"files"},

@@ -15,9 +15,11 @@ import torch
 
 import hardware
 import memory
+from checkpoint import gather_tensors, save_checkpoint
 from config import Config, DataConfig, GPTConfig, TrainingConfig, load_config
 from errors import ConfigError
 from memory import fitting_batch_size, training_memory, usable_memory
+from model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Config(
@@ -203,3 +205,59 @@ def test_what_the_environment_sets_of_malloc_stays(name: str, monkeypatch: pytes
     monkeypatch.setenv(name, "65536")
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: pytest.fail("malloc was asked"))
     hardware.keep_freed_memory()
+
+
+# ---- weights in large pages ------------------------------------------------------------------------
+
+
+def test_arrays_in_large_pages_lie_apart_and_outlive_one_another() -> None:
+    shapes = [torch.Size(shape) for shape in ((3, 5), (1,), (1000, 700), (64,))]
+    for dtype in (torch.int8, torch.bfloat16, torch.float32):
+        arrays = hardware.in_large_pages(shapes, dtype)
+        for number, array in enumerate(arrays):
+            array.fill_(number)
+        assert [(a.shape, a.dtype, a.data_ptr() % 64) for a in arrays] == [(shape, dtype, 0) for shape in shapes]
+        assert len({array.untyped_storage().data_ptr() for array in arrays}) == 4  # or safetensors refuses to save them
+        last = arrays.pop()
+        assert all((array == number).all() for number, array in enumerate(arrays))
+        del arrays, array
+        assert (last == 3).all()
+
+
+def test_on_another_system_they_are_arrays_like_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hardware.mmap, "MADV_HUGEPAGE")
+    (array,) = hardware.in_large_pages([torch.Size([3, 5])], torch.bfloat16)
+    assert (array.shape, array.dtype) == ((3, 5), torch.bfloat16)
+
+
+LOAD = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from checkpoint import load_model
+
+def kilobytes(file, name):
+    return sum(int(line.split()[1]) for line in open(f"/proc/self/{file}") if line.startswith(name))
+
+torch.set_num_threads(1)
+load_model(sys.argv[2], dtype=torch.bfloat16)  # the libraries' own memory comes first
+before = kilobytes("status", "VmRSS")
+model, *_ = load_model(sys.argv[3], dtype=torch.bfloat16)
+print(sum(p.numel() * 2 for p in model.parameters()) // 1024)
+print(kilobytes("status", "VmHWM") - before, kilobytes("smaps", "AnonHugePages"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages as Linux counts them")
+def test_a_model_is_loaded_in_its_format_at_once_and_into_large_pages(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    runs = []
+    for name, shape in (("small", GPTConfig(64, 1, 1)), ("large", GPTConfig(384, 12, 6))):
+        tensors = gather_tensors(GPT(shape.resolved(tiny_tokenizer.n_vocab)), [], keep=True)
+        (tmp_path / name).mkdir()
+        runs.append(save_checkpoint(tmp_path / name, 1, tensors, {}, Config(model=shape), tiny_tokenizer, None))
+    done = subprocess.run([sys.executable, "-c", LOAD, ROOT, *runs], capture_output=True, text=True, check=True)
+    weights, peak, large = map(int, done.stdout.split())
+    assert peak < 3.5 * weights  # of which 2 are the file, in fp32; 5 where the model is in fp32 before it is in bf16
+    if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        assert large > 0.8 * weights

@@ -205,6 +205,18 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(tiny_model: 
     assert first[0] != first[1]  # and the samples of one seed differ
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 0, "top_p": 1.0}, {"top_k": 5, "top_p": 1.0}, {"top_k": 0, "top_p": 0.8}])
+def test_each_token_is_drawn_as_often_as_its_probability(
+    fields: dict[str, Any], tiny_model: Build, tiny_tokenizer: Tokenizer
+):
+    logits = {100 + i: 6 - i / 3 for i in range(12)} | {250: 4.2}
+    model, n = chain_model(tiny_model, {72: logits}), 20_000
+    config = GenerationConfig(temperature=1.0, max_tokens=1, num_samples=n, **fields)
+    drawn = torch.tensor([text[0] for text in ids_of(model, [72], tiny_tokenizer, config)]).bincount(minlength=300) / n
+    expected = next_token_probabilities(model(torch.tensor([[72]]))[:, -1, :300], config)[0]
+    assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
 def test_ids_beyond_the_tokenizers_are_never_sampled(tiny_model: Build, tiny_tokenizer: Tokenizer):
     model = tiny_model(300, vocab_size=4096)
     config = GenerationConfig(max_tokens=100, num_samples=8, temperature=5.0, top_k=0, top_p=1.0)
