@@ -61,6 +61,20 @@ static void normed(const float* x, const float* weight, float eps, int64_t n, fl
 // Sums of N rows of w (N, columns) times x (columns), in LANES lanes each, whose order no compiler may change by itself.
 static const int64_t LANES = 32;
 
+// Half of the lanes onto the other half, until one is left: a compiler may not turn a sum in order into this.
+template <int64_t n>
+static float sum(const float* lanes) {
+  float halves[n / 2];
+#pragma omp simd
+  for (int64_t l = 0; l < n / 2; l++) halves[l] = lanes[l] + lanes[l + n / 2];
+  return sum<n / 2>(halves);
+}
+
+template <>
+float sum<1>(const float* lanes) {
+  return *lanes;
+}
+
 template <class W, int64_t N>
 static void dot(const W* const w[N], const float* x, int64_t columns, int64_t ahead, float sums[N]) {
   float lanes[N][LANES] = {};
@@ -73,8 +87,7 @@ static void dot(const W* const w[N], const float* x, int64_t columns, int64_t ah
       for (int64_t l = 0; l < LANES; l++) lanes[i][l] += float(w[i][c + l]) * x[c + l];
     }
   for (int64_t i = 0; i < N; i++) {
-    sums[i] = 0;
-    for (int64_t l = 0; l < LANES; l++) sums[i] += lanes[i][l];
+    sums[i] = sum<LANES>(lanes[i]);
     for (int64_t c = whole; c < columns; c++) sums[i] += float(w[i][c]) * x[c];
   }
 }

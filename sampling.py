@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterator
 
 import torch
@@ -35,8 +36,10 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig, seen: Ten
 
 
 def likeliest(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> Tensor:
-    """The ids (B,) that temperature 0 takes."""
-    return penalised(logits.float(), config, seen).max(dim=1).indices  # argmax takes thrice as long
+    """The ids (B,) that temperature 0 takes. Raises NonFiniteError."""
+    highest, ids = penalised(logits.float(), config, seen).max(dim=1)  # argmax takes thrice as long
+    check_finite(highest)
+    return ids
 
 
 def candidates(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -45,7 +48,9 @@ def candidates(logits: Tensor, config: GenerationConfig, seen: Tensor | None) ->
     Without top-k and top-p n is V, and instead of the ids comes None: they are in order.
     """
     logits = penalised(logits.float(), config, seen)
-    logits = (logits - logits.amax(dim=1, keepdim=True)) / config.temperature  # so that no division overflows
+    highest = logits.amax(dim=1, keepdim=True)
+    check_finite(highest)
+    logits = (logits - highest) / config.temperature  # so that no division overflows
     order = None
     if 0 < config.top_k < logits.size(1):
         every = logits
@@ -69,9 +74,7 @@ def candidates(logits: Tensor, config: GenerationConfig, seen: Tensor | None) ->
 
 
 def penalised(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> Tensor:
-    """logits (B, V) with the repetition penalty for the ids seen (B, n). Raises NonFiniteError."""
-    if not torch.isfinite(logits.amax(dim=1)).all():  # -inf for single tokens is allowed
-        raise NonFiniteError("the model's logits are not finite, so the checkpoint is broken; use an earlier one")
+    """logits (B, V) with the repetition penalty for the ids seen (B, n)."""
     if config.repetition_penalty == 1 or seen is None or seen.size(1) == 0:
         return logits
     # Dividing a negative logit would make its token likelier: multiply instead (arXiv:1909.05858).
@@ -79,6 +82,12 @@ def penalised(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> 
     return logits.scatter(
         1, seen, torch.where(old > 0, old / config.repetition_penalty, old * config.repetition_penalty)
     )
+
+
+def check_finite(highest: Tensor) -> None:
+    """highest: of each row of logits; -inf for single tokens is allowed. Raises NonFiniteError."""
+    if not all(map(math.isfinite, highest.flatten().tolist())):
+        raise NonFiniteError("the model's logits are not finite, so the checkpoint is broken; use an earlier one")
 
 
 def fit_context(length: int, max_length: int, prompt_length: int = 1) -> int:
