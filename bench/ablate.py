@@ -64,6 +64,21 @@ def joined(several: list[str]) -> str:
     return shlex.join((["--variant", ",".join(variants)] if variants else []) + others)
 
 
+def check(preset: str, options: str, common: str) -> None:
+    """Refuse a change that train.py would refuse, before any other has trained. Raises ConfigError."""
+    from bench.variants import VARIANTS
+    from config import Config, load_config
+    from errors import ConfigError
+
+    words = shlex.split(options)
+    if words[:1] == ["--variant"]:
+        for name in words[1].split(","):
+            if name not in VARIANTS:
+                raise ConfigError(f"there is no variant {name!r}; bench/variants.py prints those there are")
+        words = words[2:]
+    load_config(["--preset", preset, *shlex.split(common), *words], "", Config)
+
+
 def run(preset: str, steps: int, seed: int, options: str, common: str) -> float:
     """Held-out bits per byte over all datasets after so many steps."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +113,7 @@ def main() -> int:
     parser.add_argument("--together", action="store_true")
     arguments = parser.parse_intermixed_args()
 
+    from errors import ConfigError
     from files import write_json
 
     changes = {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
@@ -123,6 +139,10 @@ def main() -> int:
         table = results.setdefault(key, {})
         jobs = [(name, options, seed) for seed in range(arguments.seeds or 3) for name, options in changes.items()]
     for name, options, _ in jobs:
+        try:
+            check(arguments.preset, options, arguments.common)
+        except ConfigError as error:
+            parser.error(f"{name}: {error}")
         entry = table.setdefault(name, {"options": options, "contexts": {}, "bits_per_byte": {}})
         if entry["options"] != options:
             parser.error(f"{arguments.out} has {name!r} with other options; give it another name, or another OUT")

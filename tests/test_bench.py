@@ -122,6 +122,22 @@ def test_changes_that_cannot_be_made_together_are_refused_before_any_run(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("late: --variant polar-5,polar-6", "late: there is no variant 'polar-6'; bench/variants.py prints"),
+        ("late: --train.lr -3", "late: train.lr is -3.0; use a positive number"),
+        ("late: --variant polar-5 --train.lrr 3", "unrecognized options: --train.lrr"),
+    ],
+)
+def test_a_change_that_cannot_be_trained_is_refused_before_any_run(tmp_path: Path, change: str, why: str) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "ablate.py"), str(tmp_path / "out.json"), "first: ", change]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert why in done.stderr.lower()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_ablation_goes_on_with_further_seeds_and_each_has_the_command_that_it_is_of(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     common = f"--train.no_compile --train.warmup_tokens 0 --data.cache_dir {tmp_path / 'cache'}"
