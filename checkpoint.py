@@ -244,6 +244,7 @@ def put_damaged_aside(run_dir: Path) -> list[str]:
     Returns a line for each. Raises CheckpointError when there were checkpoints and none of them is sound.
     """
     lines: list[str] = []
+    why = ""
     while newest := newest_checkpoint(run_dir):
         try:
             verify_checkpoint(newest.path)
@@ -253,9 +254,11 @@ def put_damaged_aside(run_dir: Path) -> list[str]:
             shutil.rmtree(aside, ignore_errors=True)
             newest.path.rename(aside)
             lines.append(f"warning: {error}; it is now called {aside.name}, and the checkpoint before it is used")
+            why = why or f" ({error})"
     if any(run_dir.glob("damaged-step-*")):
         raise CheckpointError(
-            f"{run_dir} has no sound checkpoint left, only damaged-step-* folders; remove them to start the run anew"
+            f"{run_dir} has no sound checkpoint left, only damaged-step-* folders{why}; copy one again, as step-*, "
+            f"or remove them to start the run anew"
         )
     return lines
 

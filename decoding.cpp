@@ -58,12 +58,11 @@ static void normed(const float* x, const float* weight, float eps, int64_t n, fl
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 
-// Sums of N rows of w (N, columns) times x (columns), in LANES lanes each, whose order no compiler may change by itself.
 static const int64_t LANES = 32;
 
 // Half of the lanes onto the other half, until one is left: a compiler may not turn a sum in order into this.
 template <int64_t n>
-static float sum(const float* lanes) {
+__attribute__((always_inline)) static inline float sum(const float* lanes) {
   float halves[n / 2];
 #pragma omp simd
   for (int64_t l = 0; l < n / 2; l++) halves[l] = lanes[l] + lanes[l + n / 2];
@@ -71,42 +70,51 @@ static float sum(const float* lanes) {
 }
 
 template <>
-float sum<1>(const float* lanes) {
+__attribute__((always_inline)) inline float sum<1>(const float* lanes) {
   return *lanes;
 }
 
-template <class W, int64_t N>
-static void dot(const W* const w[N], const float* x, int64_t columns, int64_t ahead, float sums[N]) {
-  float lanes[N][LANES] = {};
+// sums (N, M) of N rows of w (N, columns) times M rows of x (M, columns), in LANES lanes each, whose order no compiler
+// may change by itself.
+template <class W, int64_t N, int64_t M>
+static void dot(const W* const w[N], const float* x, int64_t columns, int64_t ahead, float sums[N][M]) {
+  float lanes[N][M][LANES] = {};
   int64_t whole = columns / LANES * LANES;
   for (int64_t c = 0; c < whole; c += LANES)
     for (int64_t i = 0; i < N; i++) {
       for (int64_t byte = 0; byte < LANES * int64_t(sizeof(W)); byte += 64)
         __builtin_prefetch((const char*)(w[i] + c) + ahead + byte);
+      for (int64_t b = 0; b < M; b++)
 #pragma omp simd
-      for (int64_t l = 0; l < LANES; l++) lanes[i][l] += float(w[i][c + l]) * x[c + l];
+        for (int64_t l = 0; l < LANES; l++) lanes[i][b][l] += float(w[i][c + l]) * x[b * columns + c + l];
     }
-  for (int64_t i = 0; i < N; i++) {
-    sums[i] = sum<LANES>(lanes[i]);
-    for (int64_t c = whole; c < columns; c++) sums[i] += float(w[i][c]) * x[c];
+  for (int64_t i = 0; i < N; i++)
+    for (int64_t b = 0; b < M; b++) {
+      sums[i][b] = sum<LANES>(lanes[i][b]);
+      for (int64_t c = whole; c < columns; c++) sums[i][b] += float(w[i][c]) * x[b * columns + c];
+    }
+}
+
+// Calls store(b, r + i, sum, scale) for the N rows of m from r on and the texts from b on, M at a time.
+template <class W, int64_t N, int64_t M, class Store>
+static void rows_by(const Matrix& m, int64_t r, const float* x, int64_t b, int64_t B, int64_t ahead, Store store) {
+  const W* w[N];
+  for (int64_t i = 0; i < N; i++) w[i] = (const W*)m.weight + std::min(r + i, m.rows - 1) * m.columns;
+  for (; b + M <= B; b += M) {
+    float sums[N][M];
+    dot<W, N, M>(w, x + b * m.columns, m.columns, ahead, sums);
+    for (int64_t i = 0; i < std::min(N, m.rows - r); i++)
+      for (int64_t j = 0; j < M; j++) store(b + j, r + i, sums[i][j], m.scale ? m.scale[r + i] : 1);
   }
+  if (b < B) rows_by<W, N, M == 1 ? 1 : M / 2>(m, r, x, b, B, ahead, store);
 }
 
 // Calls store(b, r, sum, scale), whose product is (x W^T)[b, r], for x (B, columns). All threads share the rows, and
 // wait for each other at the end.
-template <class W, int64_t N, class Store>
+template <class W, int64_t N, int64_t M, class Store>
 static void multiply_by(const Matrix& m, const float* x, int64_t B, int64_t ahead, Store store) {
 #pragma omp for schedule(static)
-  for (int64_t r = 0; r < m.rows; r += N) {
-    const W* w[N];
-    for (int64_t i = 0; i < N; i++) w[i] = (const W*)m.weight + std::min(r + i, m.rows - 1) * m.columns;
-    for (int64_t b = 0; b < B; b++) {
-      float sums[N];
-      dot<W, N>(w, x + b * m.columns, m.columns, ahead, sums);
-      for (int64_t i = 0; i < std::min(N, m.rows - r); i++)
-        store(b, r + i, sums[i], m.scale ? m.scale[r + i] : 1);
-    }
-  }
+  for (int64_t r = 0; r < m.rows; r += N) rows_by<W, N, M>(m, r, x, 0, B, ahead, store);
 }
 
 // Norm and rotate x (K) in place.
@@ -147,8 +155,11 @@ template <class W, class C>
 static void step(const Model& m, float* x, C* keys, C* values, int64_t B, int64_t length, int64_t seen, float* logits) {
   const int64_t rows_at_once = m.rows_at_once, ahead = m.ahead;  // of this step, whatever another thread sets
   auto multiply = [&](const Matrix& matrix, const float* x, auto store) {
-    if (rows_at_once == 1) multiply_by<W, 1>(matrix, x, B, ahead, store);
-    else multiply_by<W, 2>(matrix, x, B, ahead, store);
+    // A weight is widened once for several texts, as many as have their x in the first cache, of 32 kB.
+    if (B > 1 && matrix.columns <= 1024) multiply_by<W, 1, 4>(matrix, x, B, ahead, store);
+    else if (B > 1) multiply_by<W, 1, 2>(matrix, x, B, ahead, store);
+    else if (rows_at_once == 1) multiply_by<W, 1, 1>(matrix, x, B, ahead, store);
+    else multiply_by<W, 2, 1>(matrix, x, B, ahead, store);
   };
   const int64_t D = m.D, H = m.H, G = m.G, K = m.K, width = (H + 2 * G) * K, F = m.layers[0].w_down.columns;
   const int64_t up = m.layers[0].w_up.rows;

@@ -189,9 +189,9 @@ def in_large_pages(shapes: Sequence[torch.Size], dtype: torch.dtype) -> list[Ten
     page, line = 2**21, 64
     ends = list(accumulate(-(-shape.numel() * dtype.itemsize // line) * line for shape in shapes))
     try:
-        area = mmap.mmap(-1, page + ends[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area = mmap.mmap(-1, page + sum(ends[-1:]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         area.madvise(mmap.MADV_HUGEPAGE)
-    except (AttributeError, OSError):  # another system, or a Linux without them
+    except (AttributeError, OSError, OverflowError):  # another system, a Linux without them, or too little memory
         return [torch.empty(shape, dtype=dtype) for shape in shapes]
     first = -torch.frombuffer(area, dtype=torch.uint8).data_ptr() % page
     return [

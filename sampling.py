@@ -43,9 +43,10 @@ def likeliest(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> 
 
 
 def candidates(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The same at a temperature above 0, but of few tokens: probabilities (B, n) and the ids (B, n) they are of.
+    """The same at a temperature above 0 of the n likeliest tokens: their probabilities (B, n) and ids (B, n).
 
-    Without top-k and top-p n is V, and instead of the ids comes None: they are in order.
+    n: top_k, or more where several are as likely as the k-th; without top-k, V. Without top-p too, the ids are None:
+    all, in order.
     """
     logits = penalised(logits.float(), config, seen)
     highest = logits.amax(dim=1, keepdim=True)

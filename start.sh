@@ -241,7 +241,7 @@ explain_end() {
     0) ;;
     75) say "Stopped, and everything is saved. To go on: $again" ;;
     130 | 143) say "Stopped before training had begun, or at the third signal. To go on: $again" >&2 ;;
-    2) say "Training ended with exit code 2: its settings, as the message above says." >&2 ;;
+    2) say "Ended with exit code 2: what to change, the message above says." >&2 ;;
     *) say "Training ended with exit code $1; the message above says why. Mend that, then: $again" >&2 ;;
   esac
 }

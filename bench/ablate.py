@@ -64,33 +64,40 @@ def joined(several: list[str]) -> str:
     return shlex.join((["--variant", ",".join(variants)] if variants else []) + others)
 
 
-def check(preset: str, options: str, common: str) -> None:
-    """Refuse a change that train.py would refuse, before any other has trained. Raises ConfigError."""
+def command_of(preset: str, steps: int, seed: int, options: str, common: str, out_dir: str) -> tuple[list[str], str]:
+    """Options of train.py, and the names of variants, if any."""
+    words, variants = shlex.split(options), ""
+    if words[:1] == ["--variant"]:
+        variants, words = words[1], words[2:]
+    arguments = [
+        "--preset", preset, "--train.max_steps", str(steps), "--train.seed", str(seed), "--data.seed", str(seed + 1),
+        "--train.out_dir", out_dir, "--train.run_name", "x", "--train.eval_every", str(10 * steps),
+        "--train.save_every", str(10 * steps), *shlex.split(common), *words,
+    ]  # fmt: skip
+    return arguments, variants
+
+
+def check(preset: str, steps: int, seed: int, options: str, common: str) -> None:
+    """Refuse options that train.py would refuse, before any other run. Raises ConfigError."""
     from bench.variants import VARIANTS
     from config import Config, load_config
     from errors import ConfigError
 
-    words = shlex.split(options)
-    if words[:1] == ["--variant"]:
-        for name in words[1].split(","):
-            if name not in VARIANTS:
-                raise ConfigError(f"there is no variant {name!r}; bench/variants.py prints those there are")
-        words = words[2:]
-    load_config(["--preset", preset, *shlex.split(common), *words], "", Config)
+    arguments, variants = command_of(preset, steps, seed, options, common, "")
+    for name in variants.split(",") if variants else []:
+        if name not in VARIANTS:
+            raise ConfigError(f"there is no variant {name!r}; bench/variants.py prints those there are")
+    if {"-h", "--help"} & set(arguments):
+        raise ConfigError("--help is no change; python train.py --help shows all options")
+    load_config(arguments, "", Config)
 
 
 def run(preset: str, steps: int, seed: int, options: str, common: str) -> float:
     """Held-out bits per byte over all datasets after so many steps."""
     with tempfile.TemporaryDirectory() as folder:
-        words = shlex.split(options)
-        script = ["train.py"]
-        if words[:1] == ["--variant"]:
-            script, words = ["bench/variants.py", words[1]], words[2:]
-        command = [
-            sys.executable, str(ROOT / script[0]), *script[1:], "--preset", preset, "--train.max_steps", str(steps),
-            "--train.seed", str(seed), "--data.seed", str(seed + 1), "--train.out_dir", folder, "--train.run_name", "x",
-            "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *shlex.split(common), *words,
-        ]  # fmt: skip
+        words, variants = command_of(preset, steps, seed, options, common, folder)
+        script = ["bench/variants.py", variants] if variants else ["train.py"]
+        command = [sys.executable, str(ROOT / script[0]), *script[1:], *words]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
@@ -119,6 +126,11 @@ def main() -> int:
     changes = {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
     key = f"{arguments.preset}, {arguments.steps} steps" + (f", {arguments.common}" if arguments.common else "")
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for words in (*arguments.changes, arguments.common):
+        try:
+            shlex.split(words)
+        except ValueError as unclosed:
+            parser.error(f"{words}: {str(unclosed).lower()}")
     if any(shlex.split(options) == ["--variant"] for options in changes.values()):
         parser.error("--variant has no name; bench/variants.py prints them")
     if len(changes) < len(arguments.changes):
@@ -138,11 +150,12 @@ def main() -> int:
         changes = {"as it is": ""} | changes
         table = results.setdefault(key, {})
         jobs = [(name, options, seed) for seed in range(arguments.seeds or 3) for name, options in changes.items()]
-    for name, options, _ in jobs:
+    for name, options, seed in jobs:
         try:
-            check(arguments.preset, options, arguments.common)
-        except ConfigError as error:
-            parser.error(f"{name}: {error}")
+            if str(seed) not in table.get(name, {}).get("bits_per_byte", {}):
+                check(arguments.preset, arguments.steps, seed, options, arguments.common)
+        except ConfigError as refused:
+            parser.error(f"{name}: {refused}")
         entry = table.setdefault(name, {"options": options, "contexts": {}, "bits_per_byte": {}})
         if entry["options"] != options:
             parser.error(f"{arguments.out} has {name!r} with other options; give it another name, or another OUT")

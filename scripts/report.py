@@ -119,6 +119,8 @@ def load_run(folder: Path, label: str) -> Run:
     from metrics import read_metrics
 
     path = folder / "metrics.jsonl"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not there; give the folder of a run, such as checkpoints/demo")
     records, notes = read_metrics(path), []
     kinds = "start", "train", "validation", "undone"
     starts, steps, validations, undone = ([r for r in records if r.get("kind") == kind] for kind in kinds)

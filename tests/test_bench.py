@@ -128,6 +128,9 @@ def test_changes_that_cannot_be_made_together_are_refused_before_any_run(
         ("late: --variant polar-5,polar-6", "late: there is no variant 'polar-6'; bench/variants.py prints"),
         ("late: --train.lr -3", "late: train.lr is -3.0; use a positive number"),
         ("late: --variant polar-5 --train.lrr 3", "unrecognized options: --train.lrr"),
+        ("late: --train.warmup_tokens 20000000", "whole run has 300"),
+        ("late: --train.run_name 'x", "late: --train.run_name 'x: no closing quotation"),
+        ("late: --help", "late: --help is no change"),
     ],
 )
 def test_a_change_that_cannot_be_trained_is_refused_before_any_run(tmp_path: Path, change: str, why: str) -> None:

@@ -28,6 +28,13 @@ SHAPES = [
     {"qk_norm": False, "n_kv_heads": 2}, {"d_model": 44, "n_heads": 1, "n_kv_heads": 1, "d_ff": 37, "vocab_size": 129},
 ]  # fmt: skip
 
+FORMATS = [
+    (torch.float32, False),
+    (torch.bfloat16, False),
+    (torch.float32, True),
+    (torch.bfloat16, True),
+]  # dtype, int8
+
 
 def trained(model: GPT) -> GPT:
     """With no weight where it begins, so that each of them has a say."""
@@ -75,28 +82,32 @@ def test_in_bf16_the_compiled_step_is_nearer_to_fp32_than_torch(tiny_model: Buil
     assert errors[0] < 1.2 * errors[1]
 
 
+@pytest.mark.parametrize(("dtype", "int8"), FORMATS)
+@pytest.mark.parametrize("fields", [SHAPES[0], SHAPES[-1]], ids=repr)
 @torch.inference_mode()
-def test_it_computes_the_same_bits_with_any_number_of_threads_and_rows(tiny_model: Build) -> None:
-    model = trained(tiny_model())
-    ids = torch.randint(0, model.config.vocab_size, (3, 20))
-    alone = torch.cat([steps_from(CompiledStep(model), model, row, 0) for row in ids[:, None]])
+def test_it_computes_the_same_bits_with_any_number_of_threads_and_rows(
+    tiny_model: Build, fields: dict[str, Any], dtype: torch.dtype, int8: bool
+) -> None:
+    model = trained(tiny_model(**fields)).to(dtype)
+    ids = torch.randint(0, model.config.vocab_size, (7, 20))
+    alone = torch.cat([steps_from(CompiledStep(model, int8), model, row, 0) for row in ids[:, None]])
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 5):
+        for threads, rows in ((1, 7), (2, 7), (5, 7), (2, 2), (2, 5)):
             torch.set_num_threads(threads)
-            assert torch.equal(steps_from(CompiledStep(model), model, ids, 0), alone)
+            assert torch.equal(steps_from(CompiledStep(model, int8), model, ids[:rows], 0), alone[:rows])
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "int8"), FORMATS)
 @pytest.mark.parametrize("fields", SHAPES, ids=repr)
 @torch.inference_mode()
 def test_it_computes_the_same_bits_whichever_way_it_reads_the_weights(
     tiny_model: Build, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], dtype: torch.dtype, int8: bool
 ) -> None:
     model = trained(tiny_model(**fields)).to(dtype)
-    ids = torch.randint(0, model.config.vocab_size, (2, 20))
+    ids = torch.randint(0, model.config.vocab_size, (1, 20))
     logits = []
     for way in decoding.WAYS:
         monkeypatch.setattr(decoding, "WAYS", (way,))
@@ -149,6 +160,19 @@ def test_weights_that_are_not_numbers_show_in_the_logits(tiny_model: Build) -> N
             dict(model.named_parameters())[name].view(-1)[-1] = torch.nan
             ids = torch.randint(0, model.config.vocab_size, (1, 4))
             assert steps_from(CompiledStep(model), model, ids, 1)[0, -1].isnan().any(), (name, mlp)
+
+
+@torch.inference_mode()
+def test_a_weight_that_does_not_lie_row_by_row_is_copied(tiny_model: Build) -> None:
+    model = trained(tiny_model())
+    ids = torch.randint(0, model.config.vocab_size, (1, 20))
+    logits = steps_from(CompiledStep(model), model, ids, 0)
+    for weight in (
+        model.get_parameter("blocks.0.attention.wo.weight"),
+        model.get_parameter("blocks.1.mlp.w_down.weight"),
+    ):
+        weight.data = weight.data.t().contiguous().t()
+    assert torch.equal(steps_from(CompiledStep(model), model, ids, 0), logits)
 
 
 @torch.inference_mode()

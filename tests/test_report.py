@@ -86,7 +86,7 @@ def test_many_lines_become_few_points_that_keep_mean_and_extremes(tmp_path: Path
     ("make", "words"),
     [
         (lambda run: run.mkdir(), "holds no logged step; give the folder of a run"),
-        (lambda run: None, "holds no logged step; give the folder of a run"),
+        (lambda run: None, "is not there; give the folder of a run"),
         (lambda run: (make_run(run, 3) / "status.json").write_text("{"), "status.json cannot be read"),
     ],
     ids=["empty", "missing", "damaged"],

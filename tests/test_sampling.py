@@ -129,6 +129,13 @@ def test_all_settings_off_leave_the_models_own_distribution():
     assert torch.allclose(next_token_probabilities(logits, PLAIN), logits.softmax(dim=1))
 
 
+def test_of_tokens_as_likely_as_the_k_th_all_stay():
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0], [3.0, 2.0, 1.0, 0.0, -1.0]])
+    two = next_token_probabilities(logits, dataclasses.replace(PLAIN, top_k=2))
+    assert torch.equal(two > 0, torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 0]]).bool())
+    assert two[0, 0] == two[0, 2] == two[0, 4]
+
+
 def test_temperature_zero_gives_all_to_the_likeliest_token():
     logits = random_logits()
     probabilities = next_token_probabilities(logits, GREEDY)
