@@ -64,27 +64,29 @@ def joined(several: list[str]) -> str:
     return shlex.join((["--variant", ",".join(variants)] if variants else []) + others)
 
 
-def command_of(preset: str, steps: int, seed: int, options: str, common: str, out_dir: str) -> tuple[list[str], str]:
-    """Options of train.py, and the names of variants, if any."""
-    words, variants = shlex.split(options), ""
+def command_of(
+    preset: str, steps: int, seed: int, options: str, common: str, out_dir: str
+) -> tuple[list[str], list[str]]:
+    """Options of train.py, and the names of variants."""
+    words, variants = shlex.split(options), list[str]()
     if words[:1] == ["--variant"]:
-        variants, words = words[1], words[2:]
+        variants, words = words[1].split(","), words[2:]
     arguments = [
         "--preset", preset, "--train.max_steps", str(steps), "--train.seed", str(seed), "--data.seed", str(seed + 1),
-        "--train.out_dir", out_dir, "--train.run_name", "x", "--train.eval_every", str(10 * steps),
-        "--train.save_every", str(10 * steps), *shlex.split(common), *words,
+        "--train.eval_every", str(10 * steps), "--train.save_every", str(10 * steps), *shlex.split(common), *words,
+        "--train.out_dir", out_dir, "--train.run_name", "x",
     ]  # fmt: skip
     return arguments, variants
 
 
 def check(preset: str, steps: int, seed: int, options: str, common: str) -> None:
-    """Refuse options that train.py would refuse, before any other run. Raises ConfigError."""
+    """Refuse what no run could begin with, before any other run: options and variants. Raises ConfigError."""
     from bench.variants import VARIANTS
     from config import Config, load_config
     from errors import ConfigError
 
     arguments, variants = command_of(preset, steps, seed, options, common, "")
-    for name in variants.split(",") if variants else []:
+    for name in variants:
         if name not in VARIANTS:
             raise ConfigError(f"there is no variant {name!r}; bench/variants.py prints those there are")
     if {"-h", "--help"} & set(arguments):
@@ -96,7 +98,7 @@ def run(preset: str, steps: int, seed: int, options: str, common: str) -> float:
     """Held-out bits per byte over all datasets after so many steps."""
     with tempfile.TemporaryDirectory() as folder:
         words, variants = command_of(preset, steps, seed, options, common, folder)
-        script = ["bench/variants.py", variants] if variants else ["train.py"]
+        script = ["bench/variants.py", ",".join(variants)] if variants else ["train.py"]
         command = [sys.executable, str(ROOT / script[0]), *script[1:], *words]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
@@ -126,11 +128,11 @@ def main() -> int:
     changes = {n.strip(): o.strip() for n, _, o in (c.partition(":") for c in arguments.changes)}
     key = f"{arguments.preset}, {arguments.steps} steps" + (f", {arguments.common}" if arguments.common else "")
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for words in (*arguments.changes, arguments.common):
+    for options in (*changes.values(), arguments.common):
         try:
-            shlex.split(words)
+            shlex.split(options)
         except ValueError as unclosed:
-            parser.error(f"{words}: {str(unclosed).lower()}")
+            parser.error(f"{options}: {str(unclosed).lower()}")
     if any(shlex.split(options) == ["--variant"] for options in changes.values()):
         parser.error("--variant has no name; bench/variants.py prints them")
     if len(changes) < len(arguments.changes):

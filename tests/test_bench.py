@@ -129,7 +129,8 @@ def test_changes_that_cannot_be_made_together_are_refused_before_any_run(
         ("late: --train.lr -3", "late: train.lr is -3.0; use a positive number"),
         ("late: --variant polar-5 --train.lrr 3", "unrecognized options: --train.lrr"),
         ("late: --train.warmup_tokens 20000000", "whole run has 300"),
-        ("late: --train.run_name 'x", "late: --train.run_name 'x: no closing quotation"),
+        ("late: --train.run_name 'x", "--train.run_name 'x: no closing quotation"),
+        ("don't: --variant ''", "don't: there is no variant ''"),
         ("late: --help", "late: --help is no change"),
     ],
 )

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [
     {}, {"mlp": "relu2"}, {"n_kv_heads": 1}, {"tie_embeddings": True}, {"head_dim": 24}, {"norm_eps": 0.1},
     {"qk_norm": False, "n_kv_heads": 2}, {"d_model": 44, "n_heads": 1, "n_kv_heads": 1, "d_ff": 37, "vocab_size": 129},
+    {"d_ff": 1025, "n_layers": 1},
 ]  # fmt: skip
 
 FORMATS = [
@@ -83,7 +84,7 @@ def test_in_bf16_the_compiled_step_is_nearer_to_fp32_than_torch(tiny_model: Buil
 
 
 @pytest.mark.parametrize(("dtype", "int8"), FORMATS)
-@pytest.mark.parametrize("fields", [SHAPES[0], SHAPES[-1]], ids=repr)
+@pytest.mark.parametrize("fields", [SHAPES[0], *SHAPES[-2:]], ids=repr)
 @torch.inference_mode()
 def test_it_computes_the_same_bits_with_any_number_of_threads_and_rows(
     tiny_model: Build, fields: dict[str, Any], dtype: torch.dtype, int8: bool
@@ -214,6 +215,12 @@ def test_int8_is_refused_where_there_is_no_such_step(tiny_model: Build, monkeypa
     monkeypatch.setattr(decoding, "library", lambda: None)
     with pytest.raises(ConfigError, match="leave --int8 out"):
         decode_step(tiny_model(), int8=True)
+
+
+def test_many_texts_at_a_time_go_through_torch(tiny_model: Build) -> None:
+    model = tiny_model()
+    assert [type(decode_step(model, rows)) for rows in (1, 8, 9)] == [CompiledStep, CompiledStep, DecodeStep]
+    assert isinstance(decode_step(model, 9, int8=True), CompiledStep)
 
 
 # ---- compiling ----------------------------------------------------------------------------------
