@@ -38,6 +38,8 @@ class Arguments(GenerationConfig):
 
     def validate(self) -> None:
         super().validate()
+        if self.explain and not self.explain.endswith((".html", ".htm")):  # it would replace a file of one's own
+            raise ConfigError(f"--explain {self.explain} is not an .html file; name the page to write")
         if self.explain and (self.num_samples > 1 or self.int8):
             raise ConfigError(
                 "--explain is of one text, by the weights as they are; leave --num_samples and --int8 out"

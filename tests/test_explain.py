@@ -143,6 +143,7 @@ def test_a_terminal_gets_colours_unless_no_color(checkpoint: Path, monkeypatch: 
     ("options", "words"),
     [
         (["--prompt", "x" * 40, "--explain", "a.html"], "has 41 tokens with end-of-text; --explain is of one context"),
+        (["--explain", "notes.txt"], "--explain notes.txt is not an .html file; name the page to write"),
         (["--num_samples", "2", "--explain", "a.html"], "--explain is of one text"),
         (["--int8", "--explain", "a.html"], "--explain is of one text"),
     ],
