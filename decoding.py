@@ -33,9 +33,9 @@ from hardware import in_large_pages, lines_of
 from model import GPT, Block, KVCache, RMSNorm
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
-# Rows of a matrix that are read side by side, and how many bytes ahead they are asked for. The first tokens try all:
-# which is fastest depends on the processor and on whether its caches hold the weights, by factors up to 1.5. The bits
-# are the same.
+# Rows of a matrix that one text reads side by side, and how many bytes ahead they are asked for. The first tokens try
+# all: which is fastest depends on the processor and on whether its caches hold the weights, by factors up to 1.5. The
+# bits are the same.
 WAYS = ((2, 6144), (1, 6144), (1, 0))
 TRIES = 4  # of each way, a token each
 FEW = 8  # rows: for 12, torch's products, which read a weight once for all of them, are as fast on large models

@@ -43,10 +43,10 @@ def likeliest(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> 
 
 
 def candidates(logits: Tensor, config: GenerationConfig, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The same at a temperature above 0 of the n likeliest tokens: their probabilities (B, n) and ids (B, n).
+    """next_token_probabilities above temperature 0, of the n likeliest tokens alone: (B, n), and their ids (B, n).
 
     n: top_k, or more where several are as likely as the k-th; without top-k, V. Without top-p too, the ids are None:
-    all, in order.
+    all, in order. Raises NonFiniteError.
     """
     logits = penalised(logits.float(), config, seen)
     highest = logits.amax(dim=1, keepdim=True)

@@ -2,12 +2,12 @@
 
 A model of GPT-2's smallest size (preset gpt2, 124M parameters; random weights: speed does not depend on them) writes
 greedily behind a prompt of 16 tokens: ours in bf16 and with weights in int8, transformers' GPT2LMHeadModel.generate in
-bf16 and fp32, and, where llama-cpp-python is installed, ours in llama.cpp in f16. The demo's size does so as
-well, but for llama.cpp. They take turns in one process, after a text each to warm up, in which our first tokens try
-how weights are read fastest. The bound is what the memory delivers: bytes of the bf16 weights that a token needs over
-the speed at which this machine reads memory, measured in the same rounds. Ratios are medians over the rounds. On a
-processor without instructions for bf16 all of it is in fp32, but for int8 weights and llama.cpp. With the default
-settings it writes results/bench/decode.json, or decode_fp32.json for such a processor.
+bf16 and fp32, and, where llama-cpp-python is installed, ours in llama.cpp in f16. The demo's size does so as well, but
+for llama.cpp. They take turns in one process, after a text each to warm up, in which our first tokens try how weights
+are read fastest. The bound is what the memory delivers: bytes of the bf16 weights that a token needs over the speed at
+which this machine reads memory (in large pages, as ours are), measured in the same rounds. Ratios are medians over the
+rounds. On a processor without instructions for bf16 all of it is in fp32, but for int8 weights and llama.cpp. With the
+default settings it writes results/bench/decode.json, or decode_fp32.json for such a processor.
 """
 
 from __future__ import annotations
