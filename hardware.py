@@ -1,4 +1,4 @@
-"""What this machine is and what it is good at: device, number format, compiler."""
+"""What this machine is and what it is good at: device, number format, compiler, pages of memory."""
 
 from __future__ import annotations
 
