@@ -25,6 +25,10 @@ from config import GPTConfig
 # few rows do not fill it, and each piece's gradient of the head (V, D) is added to the sum. In fp16 more rows could sum
 # to a gradient beyond 65,504, its largest number: a row adds up to sqrt(D) to a channel.
 ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA = 1024, 4096
+# Entries of the vocabulary whose gradients are computed at once, in the products' format, before they are added to the
+# fp32 sum: of all they would be half as large as the sum, and oneDNN copies the logits that it has to transpose. Fewer
+# would not fill a GPU.
+ENTRIES_AT_ONCE = 16_384
 
 
 class Linear(nn.Linear):
@@ -147,7 +151,9 @@ class HeadLoss(torch.autograd.Function):
             if x.dtype == torch.float32:
                 torch.addmm(grad_weight, logits.mT, piece, out=grad_weight)  # without another (V, D)
             else:
-                grad_weight += logits.mT @ piece
+                for first in range(0, weight.size(0), ENTRIES_AT_ONCE):
+                    entries = slice(first, first + ENTRIES_AT_ONCE)
+                    grad_weight[entries] += logits[:, entries].mT @ piece
             del logits  # or the next piece's would be beside them
         ctx.save_for_backward(grad_x, grad_weight)
         return nats
@@ -155,7 +161,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_nats.to(grad_x.dtype), grad_weight * grad_nats, None, None
+        # In place, without another (V, D): a second backward pass through the same graph is an error of autograd's.
+        return grad_x * grad_nats.to(grad_x.dtype), grad_weight.mul_(grad_nats), None, None
 
 
 class KVCache:

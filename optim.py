@@ -30,6 +30,10 @@ _POLYNOMIALS = (
 )
 _SAFE_POLYNOMIALS = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLYNOMIALS[:-1]] + [_POLYNOMIALS[-1]]
 
+# Numbers in the matrices that are orthogonalised together: few small ones do not fill a GPU, and all of a large model
+# would take as much memory again as its weights.
+NUMBERS_AT_ONCE = 2**24
+
 
 def orthogonalize(x: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, roughly: all singular values come near 1.
@@ -125,9 +129,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     matrices: (weight, row counts): each run of so many rows of the weight is a matrix of its own, such as the
-    queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together, and several
-    processes share the work, with all of each weight in all of them or, under FSDP, some rows.
+    queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together, up to
+    NUMBERS_AT_ONCE, and several processes share the work, with all of each weight in all of them or, under FSDP, some
+    rows.
     lr: about the change of a matrix's output of unit scale per step. Decay is decoupled, per unit of lr.
+    A step overwrites the gradients, which saves a copy of them all.
     """
 
     def __init__(
@@ -150,23 +156,26 @@ class Muon(torch.optim.Optimizer):
         gradients = [_held(p.grad) for p, _ in with_grad]
         averages = [_held(self.state[p]["momentum"]) for p, _ in with_grad]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        looked_ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
+        torch._foreach_lerp_(gradients, averages, group["momentum"])  # Nesterov: they look ahead from here on
 
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         by_shape: dict[tuple[torch.Size, tuple[int, ...]], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for (p, rows), weight, update in zip(with_grad, weights, looked_ahead, strict=True):
+        for (p, rows), weight, update in zip(with_grad, weights, gradients, strict=True):
             if mesh:  # a process's rows need not end where a matrix does
                 by_shape[p.shape, rows].append((weight, update))
             else:
                 for part, direction in zip(weight.split(rows), update.split(rows), strict=True):
                     by_shape[part.shape, (len(part),)].append((part, direction))
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         for (shape, rows), parts in by_shape.items():
-            x = torch.stack([direction for _, direction in parts])
-            if mesh:
-                directions, step = orthogonalize_divided(x, shape, rows, mesh), -group["lr"]
-            else:
-                directions, step = orthogonalize_together(x), -group["lr"] * output_scale(shape)
-            torch._foreach_add_([part for part, _ in parts], list(directions.to(x.dtype)), alpha=step)
+            at_once = processes * max(1, NUMBERS_AT_ONCE // (processes * shape.numel()))  # the same share for each
+            for some in (parts[i : i + at_once] for i in range(0, len(parts), at_once)):
+                x = torch.stack([direction for _, direction in some])
+                if mesh:
+                    directions, step = orthogonalize_divided(x, shape, rows, mesh), -group["lr"]
+                else:
+                    directions, step = orthogonalize_together(x), -group["lr"] * output_scale(shape)
+                torch._foreach_add_([part for part, _ in some], list(directions.to(x.dtype)), alpha=step)
 
 
 def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:

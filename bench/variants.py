@@ -212,6 +212,7 @@ def normuon(beta: float = 0.95) -> None:
         return scaled * (direction.norm(dim=(1, 2), keepdim=True) / whole)
 
     optim.orthogonalize_together = orthogonalize_together
+    optim.NUMBERS_AT_ONCE = 2**62  # all of one shape, or others would find their moments
 
 
 def other_polynomials(*polynomials: tuple[float, float, float]) -> Callable[[], None]:

@@ -40,7 +40,16 @@ from config import PRESETS, Config, DataConfig, GPTConfig, TrainingConfig
 from decoding import DecodeStep
 from errors import ConfigError
 from hardware import PEAK_TFLOPS, allow_tf32, best_dtype, choose_precision, default_device, peak_flops, why_not_compile
-from model import GPT, ROWS_OF_LOGITS, ROWS_OF_LOGITS_ON_CUDA, BlockAttention, HeadLoss, KVCache, cross_entropy_
+from model import (
+    ENTRIES_AT_ONCE,
+    GPT,
+    ROWS_OF_LOGITS,
+    ROWS_OF_LOGITS_ON_CUDA,
+    BlockAttention,
+    HeadLoss,
+    KVCache,
+    cross_entropy_,
+)
 from optim import build_optimizers, orthogonalize
 from runtime import to_device
 from tokenizer import Tokenizer
@@ -196,9 +205,10 @@ def test_a_step_is_made_of_products_in_its_format_and_nothing_in_it_waits_for_th
     with autocast(dtype), Calls(), Watch() as watch:
         loss = model(ids, ids)
     assert watch.dtypes(PRODUCTS) == {dtype}
-    assert sum(n for (name, *_), n in watch.results.items() if name in PRODUCTS) == 2 * 4 + 3 * math.ceil(
-        2048 / (ROWS_OF_LOGITS_ON_CUDA if dtype == torch.bfloat16 else ROWS_OF_LOGITS)
-    )
+    pieces = math.ceil(2048 / (ROWS_OF_LOGITS_ON_CUDA if dtype == torch.bfloat16 else ROWS_OF_LOGITS))
+    in_a_piece = 2 + math.ceil(model.config.vocab_size / ENTRIES_AT_ONCE)  # logits, gradients of their rows and entries
+    products = sum(n for (name, *_), n in watch.results.items() if name in PRODUCTS)
+    assert products == 2 * 4 + pieces * in_a_piece
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
 
 

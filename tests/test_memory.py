@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hardware
 import memory
@@ -19,7 +20,7 @@ from checkpoint import gather_tensors, save_checkpoint
 from config import Config, DataConfig, GPTConfig, TrainingConfig, load_config
 from errors import ConfigError
 from memory import fitting_batch_size, training_memory, usable_memory
-from model import GPT
+from model import ENTRIES_AT_ONCE, GPT, HeadLoss, cross_entropy_
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Config(
@@ -76,6 +77,20 @@ def test_the_memory_of_a_step_is_what_it_really_takes(again: bool, rows: int) ->
 def test_every_layer_takes_the_same_so_two_are_enough_to_count_them_all() -> None:
     for rows in (1, 8, 100):
         assert training_memory(SMALL, rows) == memory._traced(SMALL, rows, SMALL.model.n_layers)
+
+
+def test_the_heads_gradient_is_one_sum_in_fp32_and_little_besides() -> None:
+    n_vocab, width = 8 * ENTRIES_AT_ONCE, 64
+    with FakeTensorMode():
+        x = torch.zeros(1, width, dtype=torch.bfloat16, requires_grad=True)  # one row: its logits are little
+        weight, targets = torch.zeros(n_vocab, width, requires_grad=True), torch.zeros(1, dtype=torch.long)
+        taken = memory._peak(lambda: HeadLoss.apply(x, weight, targets, cross_entropy_).backward())
+    assert 6 < taken / (n_vocab * width) < 7  # four bytes a number of the sum, two of the weight in bf16
+
+
+def test_an_update_of_many_large_matrices_takes_a_part_of_their_gradients_memory() -> None:
+    counted = training_memory(dataclasses.replace(SMALL, model=GPTConfig(d_model=2048, n_layers=12, n_heads=2)), 1)
+    assert 0 < counted.update < 0.25 * counted.gradients
 
 
 def test_activations_are_counted_in_the_format_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,11 @@ def test_muon_treats_fused_matrices_as_separate_ones(rows: tuple[int, ...]):
     assert (whole - fused).abs().max() > 0.02  # as one matrix it would be another step
 
 
-def test_muon_moves_matrices_of_one_shape_together_as_it_moves_each_alone():
+@pytest.mark.parametrize("at_once", [2**24, 3 * 24 * 16, 1])
+def test_muon_moves_matrices_of_one_shape_together_as_it_moves_each_alone(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+):
+    monkeypatch.setattr(optim, "NUMBERS_AT_ONCE", at_once)  # four, three and one, or one at a time
     starts, gradients = random(4, 24, 16), random(4, 24, 16, seed=1)
     together = [torch.nn.Parameter(start.clone()) for start in starts]
     run_muon([(p, (24,)) for p in together], [list(gradients)])
@@ -176,9 +180,10 @@ def test_a_step_of_muon_has_size_lr_whatever_the_gradients_scale(shape: tuple[in
         assert (weight.detach() * gradient[0]).sum() < 0  # downhill
 
 
-def muon_step(rank: int, world_size: int, folder: str) -> None:
+def muon_step(rank: int, world_size: int, folder: str, at_once: int) -> None:
     """One step on matrices of two shapes, three and one of each; rank 0 saves the weights and counts its products."""
     torch.set_num_threads(1)
+    optim.NUMBERS_AT_ONCE = at_once  # in a process of its own, or as it is
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     generator = torch.Generator().manual_seed(0)
@@ -195,9 +200,10 @@ def muon_step(rank: int, world_size: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_processes_share_the_orthogonalisation_and_get_what_one_gets(tmp_path: Path):
-    muon_step(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(muon_step, (2, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("at_once", [optim.NUMBERS_AT_ONCE, 1], ids=["all", "two"])
+def test_two_processes_share_the_orthogonalisation_and_get_what_one_gets(tmp_path: Path, at_once: int):
+    muon_step(0, 1, str(tmp_path), optim.NUMBERS_AT_ONCE)
+    torch.multiprocessing.spawn(muon_step, (2, str(tmp_path), at_once), nprocs=2)
     alone, first, second = (torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
     for ours, theirs, whole in zip(first[:2], second[:2], alone[:2], strict=True):
         assert torch.equal(ours, theirs)  # the processes must never drift apart
