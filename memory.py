@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 import weakref
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from config import Config
+from config import Config, GPTConfig, TrainingConfig
 from errors import ConfigError
 from hardware import best_dtype, default_device, lines_of
 from model import GPT
@@ -56,15 +57,16 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
 
     Products are in train.precision (computes_in_16_bits), but Muon's own in this machine's best format; weights and
     all state in fp32.
-    devices: among which train.fsdp divides all but activations.
+    devices: among which train.fsdp divides weights, gradients and state.
     """
     one, two = _traced(config, rows, n_layers=1), _traced(config, rows, n_layers=2)
     more = config.model.n_layers - 2  # and each takes as much as the second
-    whole = TrainingMemory(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
+    weights, gradients, optimizer, activations = (b + more * (b - a) for a, b in zip(one, two, strict=True))
     n = devices if config.train.fsdp else 1
-    return TrainingMemory(
-        whole.weights // n, whole.gradients // n, whole.optimizer // n, whole.activations, whole.update // n
-    )
+    # Muon takes some matrices at a time, and each process its share of as many more: it is not divided.
+    shape = astuple(config.model.resolved(config.data.n_vocab))
+    update = _update(shape, config.train.optimizer)
+    return TrainingMemory(weights // n, gradients // n, optimizer // n, activations, update)
 
 
 def computes_in_16_bits(config: Config) -> bool:
@@ -74,13 +76,20 @@ def computes_in_16_bits(config: Config) -> bool:
     return torch.cuda.is_available() or best_dtype(default_device()).itemsize == 2  # any CUDA card has one of them
 
 
-def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
+def _with_gradients(shape: GPTConfig) -> GPT:
+    """The model with gradients, as it has them from the second micro-step on."""
+    model = GPT(shape)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return model
+
+
+def _traced(config: Config, rows: int, n_layers: int) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients, optimizer and activations."""
     in_16_bits = computes_in_16_bits(config)
     with FakeTensorMode():
-        model = GPT(replace(config.model.resolved(config.data.n_vocab), n_layers=n_layers))
+        model = _with_gradients(replace(config.model.resolved(config.data.n_vocab), n_layers=n_layers))
         model.activation_checkpointing = config.train.activation_checkpointing
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)  # as they are from the second micro-step on
 
         def forward_and_backward() -> None:
             ids = torch.zeros(rows, model.config.max_length, dtype=torch.int64)
@@ -91,10 +100,19 @@ def _traced(config: Config, rows: int, n_layers: int) -> TrainingMemory:
         optimizers = build_optimizers(model, config.train)
         for optimizer in optimizers:
             optimizer.step()  # the first one makes the state
-        update = max(_peak(optimizer.step) for optimizer in optimizers)
         states = [tensor for o in optimizers for state in o.state.values() for tensor in state.values()]
     n_bytes = 4 * model.parameter_counts()["total"]
-    return TrainingMemory(n_bytes, n_bytes, sum(s.nbytes for s in states), activations, update)
+    return n_bytes, n_bytes, sum(s.nbytes for s in states), activations
+
+
+@functools.cache  # asked for with one number of rows after another
+def _update(shape: tuple[Any, ...], optimizer: Literal["muon", "adamw"]) -> int:
+    """Bytes that come and go while the optimizer moves the weights. shape: the fields of a resolved GPTConfig."""
+    with FakeTensorMode():
+        optimizers = build_optimizers(_with_gradients(GPTConfig(*shape)), TrainingConfig(optimizer=optimizer))
+        for each in optimizers:
+            each.step()  # makes the state
+        return max(_peak(each.step) for each in optimizers)
 
 
 def _peak(work: Callable[[], object]) -> int:

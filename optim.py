@@ -30,8 +30,8 @@ _POLYNOMIALS = (
 )
 _SAFE_POLYNOMIALS = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLYNOMIALS[:-1]] + [_POLYNOMIALS[-1]]
 
-# Numbers in the matrices that are orthogonalised together: few small ones do not fill a GPU, and all of a large model
-# would take as much memory again as its weights.
+# Numbers in the matrices that a process orthogonalises together: few small ones do not fill a GPU, and all of a large
+# model would take as much memory again as its weights.
 NUMBERS_AT_ONCE = 2**24
 
 
@@ -78,19 +78,18 @@ def _multiplier(gram: Tensor) -> Tensor:
     return product
 
 
-def orthogonalize_together(x: Tensor) -> Tensor:
-    """orthogonalize(x), (n, rows, columns), the same x in each process: each does its share and all get all of them."""
+def orthogonalize_together(matrices: tuple[Tensor, ...]) -> Tensor:
+    """orthogonalize of n matrices (rows, columns), the same in each process: each does its share and all get all."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return orthogonalize(x)
+        return orthogonalize(torch.stack(matrices))
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-x.size(0) // world_size)
-    ours = x.new_zeros((share, *x.shape[1:]), dtype=torch.bfloat16)
-    part = x[rank * share : (rank + 1) * share]
-    if len(part):
-        ours[: len(part)] = orthogonalize(part)
-    everyones = ours.new_empty((world_size * share, *x.shape[1:]))
+    share = -(-len(matrices) // world_size)
+    ours = matrices[0].new_zeros((share, *matrices[0].shape), dtype=torch.bfloat16)
+    if part := matrices[rank * share : (rank + 1) * share]:
+        ours[: len(part)] = orthogonalize(torch.stack(part))
+    everyones = ours.new_empty((world_size * share, *ours.shape[1:]))
     dist.all_gather_single(everyones, ours)
-    return everyones[: x.size(0)]
+    return everyones[: len(matrices)]
 
 
 def orthogonalize_divided(x: Tensor, shape: torch.Size, rows: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
@@ -130,8 +129,8 @@ class Muon(torch.optim.Optimizer):
 
     matrices: (weight, row counts): each run of so many rows of the weight is a matrix of its own, such as the
     queries, keys and values of one fused projection. Matrices of one shape are orthogonalised together, up to
-    NUMBERS_AT_ONCE, and several processes share the work, with all of each weight in all of them or, under FSDP, some
-    rows.
+    NUMBERS_AT_ONCE in each process; several share the work, with all of each weight in all of them or, under FSDP,
+    some rows.
     lr: about the change of a matrix's output of unit scale per step. Decay is decoupled, per unit of lr.
     A step overwrites the gradients, which saves a copy of them all.
     """
@@ -168,14 +167,15 @@ class Muon(torch.optim.Optimizer):
                     by_shape[part.shape, (len(part),)].append((part, direction))
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         for (shape, rows), parts in by_shape.items():
-            at_once = processes * max(1, NUMBERS_AT_ONCE // (processes * shape.numel()))  # the same share for each
+            at_once = processes * max(1, NUMBERS_AT_ONCE // shape.numel())
             for some in (parts[i : i + at_once] for i in range(0, len(parts), at_once)):
-                x = torch.stack([direction for _, direction in some])
+                moved, updates = zip(*some, strict=True)
                 if mesh:
-                    directions, step = orthogonalize_divided(x, shape, rows, mesh), -group["lr"]
+                    directions, step = orthogonalize_divided(torch.stack(updates), shape, rows, mesh), -group["lr"]
                 else:
-                    directions, step = orthogonalize_together(x), -group["lr"] * output_scale(shape)
-                torch._foreach_add_([part for part, _ in some], list(directions.to(x.dtype)), alpha=step)
+                    directions, step = orthogonalize_together(updates), -group["lr"] * output_scale(shape)
+                torch._foreach_add_(moved, list(directions.to(updates[0].dtype)), alpha=step)
+                del directions  # or the next ones would be beside them
 
 
 def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:

@@ -384,6 +384,17 @@ def test_head_loss_is_cross_entropy_with_the_same_gradients_whatever_the_number_
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_heads_gradients_can_be_taken_once() -> None:
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    loss = HeadLoss.apply(x, weight, torch.arange(5), cross_entropy_)
+    loss.backward(retain_graph=True)
+    assert weight.grad is not None
+    once = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+    assert torch.equal(weight.grad, once)
+
+
 def test_training_never_holds_the_logits_of_all_rows() -> None:
 
     rows, n_vocab = 4 * ROWS_OF_LOGITS, 512

@@ -212,10 +212,13 @@ def test_two_processes_share_the_orthogonalisation_and_get_what_one_gets(tmp_pat
 
 
 def divided_muon_steps(rank: int, world_size: int, folder: str) -> None:
-    """Two steps on pairs of alike weights, alone or with some rows of each in each process; the whole weights after."""
+    """Two steps on three of each kind of weight, alone or with some rows of each in each process, two weights at a
+    time; the whole weights after."""
     torch.set_num_threads(1)
+    if world_size > 1:
+        optim.NUMBERS_AT_ONCE = 1
     generator = torch.Generator().manual_seed(0)
-    rows = [(32, 32, 32), (17,), (1,)] * 2  # in two processes parts end within a matrix, are unequal, or empty
+    rows = [(32, 32, 32), (17,), (1,)] * 3  # in two processes parts end within a matrix, are unequal, or empty
     weights: Sequence[Tensor] = [torch.randn(sum(r), 32, generator=generator) for r in rows]
     gradients: Sequence[Tensor] = [torch.randn(w.shape, generator=generator) for w in weights]
     if world_size > 1:
@@ -244,7 +247,8 @@ def test_two_processes_with_some_rows_of_each_weight_get_what_one_with_all_gets(
         assert torch.equal(ours, theirs)
         torch.testing.assert_close(ours, whole, rtol=1e-2, atol=4e-3)  # bf16, in batches of another size
     assert first[1] + second[1] == alone[1]  # no number of the momentum is held twice
-    assert first[2] == second[2] < 0.6 * alone[2]
+    assert first[2] + second[2] == alone[2]  # nothing twice; of three weights one process has two
+    assert max(first[2], second[2]) < 0.7 * alone[2]
 
 
 def test_muons_decay_is_decoupled_and_per_unit_of_lr():
