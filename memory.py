@@ -63,7 +63,8 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
     more = config.model.n_layers - 2  # and each takes as much as the second
     weights, gradients, optimizer, activations = (b + more * (b - a) for a, b in zip(one, two, strict=True))
     n = devices if config.train.fsdp else 1
-    # Muon takes some matrices at a time, and each process its share of as many more: it is not divided.
+    # Not divided: Muon takes some matrices at a time, and of several processes each as many. (They gather each other's
+    # directions too, 6 bytes a number: with many processes more than is counted here.)
     shape = astuple(config.model.resolved(config.data.n_vocab))
     update = _update(shape, config.train.optimizer)
     return TrainingMemory(weights // n, gradients // n, optimizer // n, activations, update)
