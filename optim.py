@@ -78,11 +78,16 @@ def _multiplier(gram: Tensor) -> Tensor:
     return product
 
 
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def orthogonalize_together(matrices: tuple[Tensor, ...]) -> Tensor:
     """orthogonalize of n matrices (rows, columns), the same in each process: each does its share and all get all."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    world_size = _world_size()
+    if world_size == 1:
         return orthogonalize(torch.stack(matrices))
-    world_size, rank = dist.get_world_size(), dist.get_rank()
+    rank = dist.get_rank()
     share = -(-len(matrices) // world_size)
     ours = matrices[0].new_zeros((share, *matrices[0].shape), dtype=torch.bfloat16)
     if part := matrices[rank * share : (rank + 1) * share]:
@@ -165,9 +170,8 @@ class Muon(torch.optim.Optimizer):
             else:
                 for part, direction in zip(weight.split(rows), update.split(rows), strict=True):
                     by_shape[part.shape, (len(part),)].append((part, direction))
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         for (shape, rows), parts in by_shape.items():
-            at_once = processes * max(1, NUMBERS_AT_ONCE // shape.numel())
+            at_once = _world_size() * max(1, NUMBERS_AT_ONCE // shape.numel())
             for some in (parts[i : i + at_once] for i in range(0, len(parts), at_once)):
                 moved, updates = zip(*some, strict=True)
                 if mesh:
