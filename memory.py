@@ -19,7 +19,7 @@ from config import Config, GPTConfig, TrainingConfig
 from errors import ConfigError
 from hardware import best_dtype, default_device, lines_of
 from model import GPT
-from optim import build_optimizers
+from optim import NUMBERS_AT_ONCE, Muon, build_optimizers
 
 # Of the free memory. Allocators round up and keep what is freed: on a CPU, a third more was measured than a step needs.
 SHARE_TO_FILL = {"cuda": 0.85, "mps": 0.7, "cpu": 0.5}
@@ -63,10 +63,12 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
     more = config.model.n_layers - 2  # and each takes as much as the second
     weights, gradients, optimizer, activations = (b + more * (b - a) for a, b in zip(one, two, strict=True))
     n = devices if config.train.fsdp else 1
-    # Not divided: Muon takes some matrices at a time, and of several processes each as many. (They gather each other's
-    # directions too, 6 bytes a number: with many processes more than is counted here.)
+    # Not divided: Muon takes some matrices at a time, and of several processes each as many.
     shape = astuple(config.model.resolved(config.data.n_vocab))
     update = _update(shape, config.train.optimizer)
+    if devices > 1 and config.train.optimizer == "muon" and not config.train.fsdp:
+        # They gather each other's directions, in bf16.
+        update += 2 * min(devices * NUMBERS_AT_ONCE, weights // 4)
     return TrainingMemory(weights // n, gradients // n, optimizer // n, activations, update)
 
 
@@ -85,6 +87,16 @@ def _with_gradients(shape: GPTConfig) -> GPT:
     return model
 
 
+def _optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """With their state, and as of a process alone: what is counted must not depend on how many count."""
+    optimizers = build_optimizers(model, config)
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.processes = 1
+        optimizer.step()  # the first one makes the state
+    return optimizers
+
+
 def _traced(config: Config, rows: int, n_layers: int) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients, optimizer and activations."""
     in_16_bits = computes_in_16_bits(config)
@@ -98,9 +110,7 @@ def _traced(config: Config, rows: int, n_layers: int) -> tuple[int, int, int, in
                 model(ids, ids).backward()
 
         activations = _peak(forward_and_backward)
-        optimizers = build_optimizers(model, config.train)
-        for optimizer in optimizers:
-            optimizer.step()  # the first one makes the state
+        optimizers = _optimizers(model, config.train)
         states = [tensor for o in optimizers for state in o.state.values() for tensor in state.values()]
     n_bytes = 4 * model.parameter_counts()["total"]
     return n_bytes, n_bytes, sum(s.nbytes for s in states), activations
@@ -110,9 +120,7 @@ def _traced(config: Config, rows: int, n_layers: int) -> tuple[int, int, int, in
 def _update(shape: tuple[Any, ...], optimizer: Literal["muon", "adamw"]) -> int:
     """Bytes that come and go while the optimizer moves the weights. shape: the fields of a resolved GPTConfig."""
     with FakeTensorMode():
-        optimizers = build_optimizers(_with_gradients(GPTConfig(*shape)), TrainingConfig(optimizer=optimizer))
-        for each in optimizers:
-            each.step()  # makes the state
+        optimizers = _optimizers(_with_gradients(GPTConfig(*shape)), TrainingConfig(optimizer=optimizer))
         return max(_peak(each.step) for each in optimizers)
 
 

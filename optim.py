@@ -78,42 +78,41 @@ def _multiplier(gram: Tensor) -> Tensor:
     return product
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def orthogonalize_together(matrices: tuple[Tensor, ...]) -> Tensor:
+def orthogonalize_together(matrices: tuple[Tensor, ...], processes: int) -> Tensor:
     """orthogonalize of n matrices (rows, columns), the same in each process: each does its share and all get all."""
-    world_size = _world_size()
-    if world_size == 1:
+    if processes == 1:
         return orthogonalize(torch.stack(matrices))
-    rank = dist.get_rank()
-    share = -(-len(matrices) // world_size)
-    ours = matrices[0].new_zeros((share, *matrices[0].shape), dtype=torch.bfloat16)
-    if part := matrices[rank * share : (rank + 1) * share]:
-        ours[: len(part)] = orthogonalize(torch.stack(part))
-    everyones = ours.new_empty((world_size * share, *ours.shape[1:]))
+    share = -(-len(matrices) // processes)
+    part = matrices[dist.get_rank() * share :][:share]
+    part += (torch.zeros_like(matrices[0]),) * (share - len(part))  # equal parts can be gathered
+    ours = orthogonalize(torch.stack(part)).contiguous()
+    everyones = ours.new_empty((processes * share, *ours.shape[1:]))
     dist.all_gather_single(everyones, ours)
     return everyones[: len(matrices)]
 
 
-def orthogonalize_divided(x: Tensor, shape: torch.Size, rows: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
-    """Directions for n weights of one shape, of which FSDP gives each process some rows: x (n, our rows, columns).
+def orthogonalize_divided(
+    parts: tuple[Tensor, ...], shape: torch.Size, rows: tuple[int, ...], mesh: DeviceMesh
+) -> Tensor:
+    """Directions for n weights of one shape, of which FSDP gives each process some rows: parts (our rows, columns).
 
     The processes trade their rows of all for all rows of some, orthogonalise each matrix in those, and trade back, so
     that none ever holds all (but on CPUs, where torch trades by gathering). rows: the matrices in a weight, as in Muon.
-    Returns x's shape in bf16, each matrix times its output_scale.
+    Returns (n, our rows, columns) in bf16, as they are traded, each matrix times its output_scale.
     """
     from torch.distributed.tensor import DTensor, Shard  # half a second that only FSDP has to wait
 
-    n, (height, width) = x.size(0), shape
+    n, (height, width) = len(parts), shape
     stride = (height * width, width, 1)
 
     def trade(x: Tensor, held: Shard, wanted: Shard) -> Tensor:
         whole = DTensor.from_local(x, mesh, [held], shape=torch.Size((n, height, width)), stride=stride)
         return whole.redistribute(placements=[wanted]).to_local()
 
-    ours = trade(x.bfloat16(), Shard(1), Shard(0))  # (our n, rows, columns)
+    stacked = parts[0].new_empty((n, *parts[0].shape), dtype=torch.bfloat16)
+    torch.stack(parts, out=stacked)
+    ours = trade(stacked, Shard(1), Shard(0))  # (our n, rows, columns)
+    del stacked
     directions = [orthogonalize(part) * output_scale(part.shape[1:]) for part in ours.split(rows, dim=1)]
     return trade(torch.cat(directions, dim=1), Shard(0), Shard(1))
 
@@ -138,12 +137,14 @@ class Muon(torch.optim.Optimizer):
     some rows.
     lr: about the change of a matrix's output of unit scale per step. Decay is decoupled, per unit of lr.
     A step overwrites the gradients, which saves a copy of them all.
+    processes: among which the work is divided.
     """
 
     def __init__(
         self, matrices: Iterable[tuple[Tensor, tuple[int, ...]]], lr: float, momentum: float, weight_decay: float
     ):
         weights, self._rows = zip(*matrices, strict=True)
+        self.processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         super().__init__(list(weights), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -171,15 +172,17 @@ class Muon(torch.optim.Optimizer):
                 for part, direction in zip(weight.split(rows), update.split(rows), strict=True):
                     by_shape[part.shape, (len(part),)].append((part, direction))
         for (shape, rows), parts in by_shape.items():
-            at_once = _world_size() * max(1, NUMBERS_AT_ONCE // shape.numel())
+            at_once = self.processes * max(1, NUMBERS_AT_ONCE // shape.numel())
             for some in (parts[i : i + at_once] for i in range(0, len(parts), at_once)):
                 moved, updates = zip(*some, strict=True)
                 if mesh:
-                    directions, step = orthogonalize_divided(torch.stack(updates), shape, rows, mesh), -group["lr"]
+                    directions, step = orthogonalize_divided(updates, shape, rows, mesh), -group["lr"]
                 else:
-                    directions, step = orthogonalize_together(updates), -group["lr"] * output_scale(shape)
-                torch._foreach_add_(moved, list(directions.to(updates[0].dtype)), alpha=step)
+                    directions = orthogonalize_together(updates, self.processes)
+                    step = -group["lr"] * output_scale(shape)
+                torch._foreach_copy_(updates, directions.unbind())  # in fp32, where there is room for it already
                 del directions  # or the next ones would be beside them
+                torch._foreach_add_(moved, updates, alpha=step)
 
 
 def build_optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:

@@ -201,8 +201,8 @@ def normuon(beta: float = 0.95) -> None:
     plain = optim.orthogonalize_together
     moments: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
 
-    def orthogonalize_together(matrices: tuple[Tensor, ...]) -> Tensor:
-        direction = plain(matrices).float()  # (n, rows, columns)
+    def orthogonalize_together(matrices: tuple[Tensor, ...], processes: int) -> Tensor:
+        direction = plain(matrices, processes).float()  # (n, rows, columns)
         squares = direction.square().mean(dim=2, keepdim=True)
         moment, n = moments.setdefault(tuple(direction.shape), (torch.zeros_like(squares), [0]))
         moment.lerp_(squares, 1 - beta)

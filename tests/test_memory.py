@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hardware
 import memory
@@ -22,6 +24,7 @@ from config import Config, DataConfig, GPTConfig, TrainingConfig, load_config
 from errors import ConfigError
 from memory import fitting_batch_size, training_memory, usable_memory
 from model import ENTRIES_AT_ONCE, GPT, HeadLoss, cross_entropy_
+from optim import build_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Config(
@@ -98,6 +101,33 @@ def test_an_update_of_many_layers_takes_no_more_than_some_of_them(monkeypatch: p
         for n in (4, 8)
     )
     assert 0 < four.update == eight.update < 0.2 * eight.gradients
+
+
+@pytest.fixture
+def one_of_eight() -> Iterator[None]:
+    """As seen by one of eight processes, whose messages go nowhere."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_in_one_of_several_processes_no_more_is_counted_than_alone(request: pytest.FixtureRequest) -> None:
+    alone = training_memory(SMALL, 1), training_memory(SMALL, 1, 8)
+    memory._update.cache_clear()
+    request.getfixturevalue("one_of_eight")
+    assert (training_memory(SMALL, 1), training_memory(SMALL, 1, 8)) == alone
+
+
+@pytest.mark.usefixtures("one_of_eight")
+def test_the_directions_that_processes_gather_are_in_the_count() -> None:
+    model = GPTConfig(d_model=1024, n_layers=16, n_heads=16, max_length=64)
+    config = dataclasses.replace(SMALL, model=model)
+    with FakeTensorMode():
+        muon, _ = build_optimizers(memory._with_gradients(model.resolved(2048)), config.train)
+        muon.step()
+        taken = memory._peak(muon.step)
+    alone, of_eight = training_memory(config, 1).update, training_memory(config, 1, 8).update
+    assert alone < taken < of_eight < 3 * taken
 
 
 def test_activations_are_counted_in_the_format_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
