@@ -1,12 +1,13 @@
 """Training throughput and memory beside a peer:  python bench/train_speed.py [--rounds 11]
 
-One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), and
-transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast, and compiled as well. All take
-turns in one process, with the best matrix product of the machine measured in between. Memory is the highest
-resident size of a process of its own, less what it had before the model was built, after three steps; and the same for
-4 rows x 1,024 tokens at GPT-2's size, 12 layers x 768 with 50,304 tied entries. For all, malloc keeps what is freed, as
-in train.py. A processor without instructions for bf16, where it would take a hundred times as long, has all of them in
-fp32.
+One optimizer step of 16 rows x 256 tokens at 6 layers x 384, vocabulary 4,096: ours (compiled; Muon and AdamW), ours
+with activation checkpointing, and transformers' GPT2LMHeadModel with fused AdamW as shipped (fp32), with bf16 autocast,
+and compiled as well. All take turns in one process, with the best matrix product of the machine measured in between.
+Memory is the highest resident size of a process of its own after three steps, less what it had before the model was
+built, when steps of a tiny one had imported all there is to import, the compiler too; the median of three processes.
+And the same for 4 rows x 1,024 tokens at GPT-2's size, 12 layers x 768 with 50,304 tied entries. For all, malloc keeps
+what is freed, as in train.py. A processor without instructions for bf16, where it would take a hundred times as long,
+has all of them in fp32.
 With the default settings it writes results/bench/train_speed.json, or train_speed_fp32.json for such a processor.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import resource
 import statistics
@@ -58,7 +60,7 @@ SHAPES = {"small": Shape(384, 6, 6, 256, 4096, 16, tied=False), "gpt2": Shape(76
 
 def contenders() -> list[str]:
     best = best_format()
-    return [*dict.fromkeys(("ours", f"gpt2 {best} compiled", f"gpt2 {best}", "gpt2 fp32"))]
+    return [*dict.fromkeys(("ours", "ours checkpointed", f"gpt2 {best} compiled", f"gpt2 {best}", "gpt2 fp32"))]
 
 
 def best_format() -> str:
@@ -81,8 +83,9 @@ def build(name: str, shape: Shape) -> tuple[Callable[[], None], Callable[[], Non
 
     torch.manual_seed(0)
     x, y = torch.randint(0, shape.n_vocab, (2, shape.rows, shape.max_length))
-    if name == "ours":
+    if name.startswith("ours"):
         model = GPT(shape.ours())
+        model.activation_checkpointing = "checkpointed" in name
         optimizers = build_optimizers(model, TrainingConfig())
         compile_for_training(model, model.device)
         trained, scale = model, 1 / y.numel()
@@ -108,19 +111,25 @@ def build(name: str, shape: Shape) -> tuple[Callable[[], None], Callable[[], Non
 
 def peak_memory(name: str, shape: Shape) -> float:
     """MB that three steps of a contender need at most, beyond what the imports take."""
-    if name == "ours":
-        import model  # noqa: F401
-    else:
-        import transformers  # noqa: F401
-    # What is imported on the way counts as before; small, as what is freed is kept.
-    build(name, shape._replace(d_model=2 * shape.n_heads))
+
+    def three_steps(shape: Shape) -> None:
+        forward_backward, update = build(name, shape)
+        for _ in range(3):
+            forward_backward()
+            update()
+
+    # Tiny, as what is freed is kept.
+    three_steps(Shape(8 * shape.n_heads, 1, shape.n_heads, max_length=32, n_vocab=64, rows=1, tied=shape.tied))
+    gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    forward_backward, update = build(name, shape)
-    for _ in range(3):
-        forward_backward()
-        update()
+    three_steps(shape)
     status = Path("/proc/self/status").read_text()  # not getrusage, which begins with the peak of the parent
     return (int(status.split("VmHWM:")[1].split()[0]) * 1024 - before) / 1e6
+
+
+def memory_of_a_process(name: str, of: str) -> int:
+    command = [sys.executable, __file__, "--memory", name, of]
+    return round(float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]))
 
 
 def main() -> int:
@@ -177,15 +186,12 @@ def main() -> int:
     ours = statistics.median(s for _, s in seconds["ours"])
     for name in built:
         fb, step = (statistics.median(column) for column in zip(*seconds[name], strict=True))
-        memory = {}
-        for of in SHAPES:
-            command = [sys.executable, __file__, "--memory", name, of]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            memory[of] = round(float(done.stdout.split()[-1]))
+        memory = {of: [memory_of_a_process(name, of) for _ in range(3)] for of in SHAPES}
+        median = {of: statistics.median(values) for of, values in memory.items()}
         share = f"{flops / fb / peak:.1%} fwd+bwd, {flops / step / peak:.1%} step" if name == "ours" else ""
         print(
             f"{name:<20}{fb * 1e3:>11.0f}{step * 1e3:>9.0f}{tokens / step:>8,.0f}{ours / step:>8.2f}x"
-            f"{memory['small']:>11,}{memory['gpt2']:>10,}  {share}"
+            f"{median['small']:>11,}{median['gpt2']:>10,}  {share}"
         )
         results[name] = {
             "forward and backward ms": [round(fb * 1e3, 1) for fb, _ in seconds[name]],
