@@ -6,6 +6,7 @@ import bisect
 import functools
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
@@ -65,10 +66,7 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
     n = devices if config.train.fsdp else 1
     # Not divided: Muon takes some matrices at a time, and of several processes each as many.
     shape = astuple(config.model.resolved(config.data.n_vocab))
-    update = _update(shape, config.train.optimizer)
-    if devices > 1 and config.train.optimizer == "muon" and not config.train.fsdp:
-        # They gather each other's directions, in bf16.
-        update += 2 * min(devices * NUMBERS_AT_ONCE, weights // 4)
+    update = _update(shape, config.train.optimizer, 1 if config.train.fsdp else devices)
     return TrainingMemory(weights // n, gradients // n, optimizer // n, activations, update)
 
 
@@ -117,11 +115,18 @@ def _traced(config: Config, rows: int, n_layers: int) -> tuple[int, int, int, in
 
 
 @functools.cache  # asked for with one number of rows after another
-def _update(shape: tuple[Any, ...], optimizer: Literal["muon", "adamw"]) -> int:
-    """Bytes that come and go while the optimizer moves the weights. shape: the fields of a resolved GPTConfig."""
+def _update(shape: tuple[Any, ...], optimizer: Literal["muon", "adamw"], processes: int) -> int:
+    """Bytes that come and go while the optimizer moves the weights, at most: as in one process, or, if that is more,
+    the directions that several gather. shape: the fields of a resolved GPTConfig."""
     with FakeTensorMode():
-        optimizers = _optimizers(_with_gradients(GPTConfig(*shape)), TrainingConfig(optimizer=optimizer))
-        return max(_peak(each.step) for each in optimizers)
+        model = _with_gradients(GPTConfig(*shape))
+        optimizers = _optimizers(model, TrainingConfig(optimizer=optimizer))
+        alone = max(_peak(each.step) for each in optimizers)
+        if processes == 1 or optimizer == "adamw":
+            return alone
+        matrices = Counter((n, weight.size(1)) for weight, rows in model.block_matrices() for n in rows)
+    shares = [r * c * min(max(1, NUMBERS_AT_ONCE // (r * c)), -(-n // processes)) for (r, c), n in matrices.items()]
+    return max(alone, 2 * (processes + 1) * max(shares))  # bf16: everyone's, and a process's own before
 
 
 def _peak(work: Callable[[], object]) -> int:

@@ -83,11 +83,13 @@ def orthogonalize_together(matrices: tuple[Tensor, ...], processes: int) -> Tens
     if processes == 1:
         return orthogonalize(torch.stack(matrices))
     share = -(-len(matrices) // processes)
-    part = matrices[dist.get_rank() * share :][:share]
-    part += (torch.zeros_like(matrices[0]),) * (share - len(part))  # equal parts can be gathered
-    ours = orthogonalize(torch.stack(part)).contiguous()
-    everyones = ours.new_empty((processes * share, *ours.shape[1:]))
-    dist.all_gather_single(everyones, ours)
+    first = dist.get_rank() * share
+    part = matrices[first : first + share]  # of the last processes it may be shorter, or nothing
+    ours = orthogonalize(torch.stack(part)) if part else None
+    everyones = matrices[0].new_empty((processes * share, *matrices[0].shape), dtype=torch.bfloat16)
+    if ours is not None:
+        everyones[first : first + len(part)] = ours
+    dist.all_gather_single(everyones, everyones[first : first + share])
     return everyones[: len(matrices)]
 
 
@@ -180,7 +182,7 @@ class Muon(torch.optim.Optimizer):
                 else:
                     directions = orthogonalize_together(updates, self.processes)
                     step = -group["lr"] * output_scale(shape)
-                torch._foreach_copy_(updates, directions.unbind())  # in fp32, where there is room for it already
+                torch._foreach_copy_(updates, directions.unbind())  # in fp32, where the gradients were
                 del directions  # or the next ones would be beside them
                 torch._foreach_add_(moved, updates, alpha=step)
 

@@ -111,6 +111,7 @@ def build(name: str, shape: Shape) -> tuple[Callable[[], None], Callable[[], Non
 
 def peak_memory(name: str, shape: Shape) -> float:
     """MB that three steps of a contender need at most, beyond what the imports take."""
+    import torch
 
     def three_steps(shape: Shape) -> None:
         forward_backward, update = build(name, shape)
@@ -120,6 +121,7 @@ def peak_memory(name: str, shape: Shape) -> float:
 
     # Tiny, as what is freed is kept.
     three_steps(Shape(8 * shape.n_heads, 1, shape.n_heads, max_length=32, n_vocab=64, rows=1, tied=shape.tied))
+    torch.compiler.reset()  # or the peer is compiled for any shape, as its second one
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     three_steps(shape)

@@ -119,15 +119,19 @@ def test_in_one_of_several_processes_no_more_is_counted_than_alone(request: pyte
 
 
 @pytest.mark.usefixtures("one_of_eight")
-def test_the_directions_that_processes_gather_are_in_the_count() -> None:
-    model = GPTConfig(d_model=1024, n_layers=16, n_heads=16, max_length=64)
-    config = dataclasses.replace(SMALL, model=model)
+@pytest.mark.parametrize(("width", "n_layers"), [(256, 2), (1024, 16), (2048, 16), (4096, 2)])
+def test_the_directions_that_processes_gather_are_in_the_count(width: int, n_layers: int) -> None:
+    """Fewer matrices than processes, one turn, several, and matrices above NUMBERS_AT_ONCE."""
+    model = GPTConfig(d_model=width, n_layers=n_layers, n_heads=width // 64, max_length=64)
     with FakeTensorMode():
-        muon, _ = build_optimizers(memory._with_gradients(model.resolved(2048)), config.train)
+        muon, _ = build_optimizers(memory._with_gradients(model.resolved(2048)), SMALL.train)
         muon.step()
         taken = memory._peak(muon.step)
+    config = dataclasses.replace(SMALL, model=model)
     alone, of_eight = training_memory(config, 1).update, training_memory(config, 1, 8).update
-    assert alone < taken < of_eight < 3 * taken
+    assert taken <= of_eight
+    if width > 256:  # where others' directions are the most
+        assert alone < taken > 0.9 * of_eight
 
 
 def test_activations_are_counted_in_the_format_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
