@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{c.lr * level / HEIGHT:>10.1e} |{bar}".rstrip())
     print(f"{'':>10} +{'-' * WIDTH}\n{'':>12}0{total_steps:>{WIDTH - 1},}\n")
 
-    print("batches to choose from (the same tokens; a larger batch takes fewer, surer steps):\n")
+    print("batches to choose from (the same tokens; a larger batch takes fewer, surer steps,")
+    print("and a higher rate may pay: docs/recipe.md):\n")
     print(f"{'accumulation':>13}{'rows/step':>11}{'tokens/step':>13}{'steps':>10}{'warm-up':>9}")
     for accumulation in (1, 2, 4, 8, 16, 32):
         rows = c.batch_size * accumulation * world_size
