@@ -491,7 +491,7 @@ def test_the_preview_of_the_default_preset_reads_the_hub(hub: Hub, tmp_path: Pat
     assert max(map(len, table.splitlines())) <= 100
     for word in ("FINEWEB", "C4", "14,868,862"):
         assert word in table
-    assert re.search(r"FINEWEB (59\.9|60\.0)\d% of 60%", table)
+    assert re.search(r"FINEWEB (59\.[5-9]|60\.[0-4])\d% of 60%", table)  # of what it reads in some seconds
     assert any(word in done.out for word in document("fineweb", 0).split()[3:])
     assert TOKEN not in done.out + done.err
     assert f"Bearer {TOKEN}" in hub.tokens, "gated data could not be read"
