@@ -145,7 +145,8 @@ def main() -> int:
     keep_freed_memory()
     if arguments.memory:
         name, of = arguments.memory
-        assert name in contenders()
+        if name not in contenders() or of not in SHAPES:
+            parser.error(f"--memory takes one of {', '.join(contenders())}, and {' or '.join(SHAPES)}")
         print(peak_memory(name, SHAPES[of]))
         return 0
 
