@@ -164,20 +164,36 @@ def compile_for_training(model: nn.Module, device: torch.device) -> None:
     model.compile(dynamic=False, backend=sparing if device.type == "cpu" else "inductor")
 
 
+def give_back_freed_memory() -> None:
+    """Let malloc, where it is glibc's, map each array by itself and give it back when it is freed, however large it is.
+
+    For a program's start, until keep_freed_memory: what compiling and a first step leave behind then lies together. It
+    would lie between the arrays of that step otherwise, and the gaps left over would suit few of the next: 6% and 8% of
+    a step's memory (docs/log.md).
+    """
+    _set_thresholds(2**17, trim=2**17)
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep what a step frees for the next one, where it is glibc's.
 
-    It would give much of it back, and the system clear tens of thousands of pages in each step: some 5% of its time.
-    A threshold of malloc's that the environment sets is left as it is.
+    It would give much of it back, and the system clear tens of thousands of pages in each step: some 5% of its time,
+    and a third where each array is mapped by itself.
     """
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        return
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # of malloc.h; an int of bytes
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    most = 2**31 - 1  # an int of bytes
     # glibc before 2.35 takes at most 32 MB for the threshold above which it maps an array by itself. Unless it is set,
     # setting the other one would fix it at 128 kB, and every array would be mapped anew.
-    if mallopt is not None and (mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 2**25)):
-        mallopt(trim_threshold, most)
+    _set_thresholds(most, 2**25, trim=most)
+
+
+def _set_thresholds(*of_mmap: int, trim: int) -> None:
+    """malloc's, in bytes: the first of of_mmap that it takes. One that the environment sets is left as it is."""
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and any(mallopt(mmap_threshold, n_bytes) for n_bytes in of_mmap):
+        mallopt(trim_threshold, trim)
 
 
 def in_large_pages(shapes: Sequence[torch.Size], dtype: torch.dtype) -> list[Tensor]:

@@ -114,6 +114,7 @@ def train(config: Config) -> int:
         compile_for_training,
         default_device,
         describe,
+        give_back_freed_memory,
         keep_freed_memory,
         peak_flops,
         why_not_compile,
@@ -144,7 +145,7 @@ def train(config: Config) -> int:
     allow_tf32(precision)
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
     if on_cpu:
-        keep_freed_memory()
+        give_back_freed_memory()
     accelerator = start_processes(c, precision, on_cpu)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
@@ -298,6 +299,8 @@ def train(config: Config) -> int:
         c = config.train
         say(f"memory    too little for that; now {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated")
         torch.compiler.reset()  # or after eight sizes it would compile no more
+    if on_cpu:
+        keep_freed_memory()  # not before: see give_back_freed_memory
     seconds_trained += time.perf_counter() - started  # most of it is compiling
     if is_main:
         write_json(run_dir / "config.json", config.to_dict())

@@ -5,9 +5,9 @@ with activation checkpointing, and transformers' GPT2LMHeadModel with fused Adam
 and compiled as well. All take turns in one process, with the best matrix product of the machine measured in between.
 Memory is the highest resident size of a process of its own after three steps, less what it had before the model was
 built, when steps of a tiny one had imported all there is to import, the compiler too; the median of three processes.
-And the same for 4 rows x 1,024 tokens at GPT-2's size, 12 layers x 768 with 50,304 tied entries. For all, malloc keeps
-what is freed, as in train.py. A processor without instructions for bf16, where it would take a hundred times as long,
-has all of them in fp32.
+And the same for 4 rows x 1,024 tokens at GPT-2's size, 12 layers x 768 with 50,304 tied entries. For all, malloc gives
+back what a first pass frees and keeps what is freed from then on, as in train.py. A processor without instructions for
+bf16, where it would take a hundred times as long, has all of them in fp32.
 With the default settings it writes results/bench/train_speed.json, or train_speed_fp32.json for such a processor.
 """
 
@@ -113,10 +113,14 @@ def peak_memory(name: str, shape: Shape) -> float:
     """MB that three steps of a contender need at most, beyond what the imports take."""
     import torch
 
+    from hardware import give_back_freed_memory, keep_freed_memory
+
     def three_steps(shape: Shape) -> None:
+        give_back_freed_memory()
         forward_backward, update = build(name, shape)
         for _ in range(3):
             forward_backward()
+            keep_freed_memory()
             update()
 
     # Tiny, as what is freed is kept.
@@ -136,13 +140,11 @@ def memory_of_a_process(name: str, of: str) -> int:
 
 def main() -> int:
     from bench.context import PEER, context, need, positive, publish
-    from hardware import keep_freed_memory
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=positive, default=11)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # a contender and a shape
     arguments = parser.parse_args()
-    keep_freed_memory()
     if arguments.memory:
         name, of = arguments.memory
         if name not in contenders() or of not in SHAPES:
@@ -153,13 +155,17 @@ def main() -> int:
     import torch
 
     from bench.peers import gemm_peak
-    from hardware import best_dtype
+    from hardware import best_dtype, give_back_freed_memory, keep_freed_memory
     from model import GPT
 
     need(PEER)
     best = best_format()
     small = SHAPES["small"]
+    give_back_freed_memory()
     built = {name: build(name, small) for name in contenders()}
+    for forward_backward, _ in built.values():
+        forward_backward()
+    keep_freed_memory()
     for forward_backward, update in built.values():
         for _ in range(3):  # compiles, and warms up
             forward_backward()

@@ -471,7 +471,7 @@ def test_a_step_whose_gradients_overflow_is_left_out_by_all_optimizers(
 
 
 @every_shape
-def test_a_step_is_one_graph_for_all_blocks_and_one_of_the_loss_compiled_once(
+def test_a_step_is_one_graph_for_all_blocks_and_two_of_the_norm_and_the_loss_compiled_once(
     tiny_model: Callable[..., GPT], fields: dict[str, Any]
 ):
     torch._dynamo.reset()
@@ -491,7 +491,7 @@ def test_a_step_is_one_graph_for_all_blocks_and_one_of_the_loss_compiled_once(
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = each(ids, targets)
             (loss * 0.01).backward()
-    assert len(graphs) == 2
+    assert len(graphs) == 3
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
         assert p.grad is not None
         assert q.grad is not None
@@ -519,12 +519,12 @@ def test_compiled_code_holds_no_logits_in_fp32_and_fuses_what_is_between_the_pro
     with torch._inductor.config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(forward)
     torch._dynamo.reset()
-    block, loss = (code[code.index("def call(") :] for code in codes)  # whatever the number of layers and pieces
+    block, norm, loss = (code[code.index("def call(") :] for code in codes)  # whatever the number of layers and pieces
     assert block.count("extern_kernels.mm(") == 4
     assert not re.findall(rf"empty_strided\w*\(\({ROWS_OF_LOGITS}, {V}\)", loss)  # the gradient is where the logits are
-    # A norm; queries and keys; a sum and its norm; SwiGLU; a sum. Softmax, nats and gradient.
-    kernels = [len(re.findall(r"^\s+cpp_fused\w*\(", calls, re.MULTILINE)) for calls in (block, loss)]
-    assert kernels == [6, 1]
+    # A norm; queries and keys; a sum and its norm; SwiGLU; a sum. The last norm. Softmax, nats and gradient.
+    kernels = [len(re.findall(r"^\s+cpp_fused\w*\(", calls, re.MULTILINE)) for calls in (block, norm, loss)]
+    assert kernels == [6, 1, 1]
 
 
 # ---- what is chosen for a card ----------------------------------------------------------------------

@@ -232,6 +232,55 @@ def test_a_step_on_a_cpu_finds_the_memory_that_the_last_one_freed() -> None:
     assert 10 * pages["kept"] < pages["given back"]  # 0 and 600,000 here; with huge pages 500 times fewer
 
 
+STEPS_OF_TWO_KINDS = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from hardware import give_back_freed_memory, keep_freed_memory
+
+if sys.argv[2] == "given back first":
+    give_back_freed_memory()
+else:
+    keep_freed_memory()
+arrays, left = [], []
+for _ in range(20):  # the first step, which leaves something between its arrays
+    arrays.append(torch.ones(1 << 22))  # 16 MB
+    left.append(bytes(100_000))
+del arrays
+keep_freed_memory()
+arrays = [torch.ones(5 << 21) for _ in range(8)]  # the next, of 40 MB: as much in all
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # kB; getrusage begins with the parent's
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_what_a_first_step_leaves_behind_does_not_lie_between_the_arrays_of_the_next() -> None:
+    most = {}
+    for name in ("given back first", "kept from the start"):
+        command = [sys.executable, "-c", STEPS_OF_TWO_KINDS, str(ROOT), name]
+        most[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert most["kept from the start"] - most["given back first"] > 250_000  # kB, of 328,000
+
+
+def test_malloc_gives_back_until_a_first_step_was_tried_and_keeps_from_then_on(tmp_path: Path) -> None:
+    script = """
+import hardware, runtime, train
+
+tried = runtime.runs_out_of_memory
+hardware.give_back_freed_memory = lambda: print("told: give back")
+hardware.keep_freed_memory = lambda: print("told: keep")
+runtime.runs_out_of_memory = lambda *of: (print("told: a step"), tried(*of))[1]
+train.main()
+"""
+    options = ["--preset", "smoke", "--train.no_compile", "--train.out_dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *options], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
+    assert told == ["told: give back", "told: a step", "told: keep"]
+
+
 @pytest.mark.parametrize("largest", [2**31 - 1, 2**25, 0], ids=["glibc 2.35", "an older glibc", "no glibc"])
 def test_arrays_are_not_mapped_one_by_one_where_malloc_takes_a_smaller_threshold(
     largest: int, monkeypatch: pytest.MonkeyPatch
@@ -249,10 +298,13 @@ def test_arrays_are_not_mapped_one_by_one_where_malloc_takes_a_smaller_threshold
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: Libc)
     hardware.keep_freed_memory()
     assert taken == ({-3: largest, -1: 2**31 - 1} if largest else {})
+    hardware.give_back_freed_memory()
+    assert taken == ({-3: 2**17, -1: 2**17} if largest else {})
 
 
 def test_a_system_without_mallopt_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: object())
+    hardware.give_back_freed_memory()
     hardware.keep_freed_memory()
 
 
@@ -260,6 +312,7 @@ def test_a_system_without_mallopt_is_left_as_it_is(monkeypatch: pytest.MonkeyPat
 def test_what_the_environment_sets_of_malloc_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "65536")
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: pytest.fail("malloc was asked"))
+    hardware.give_back_freed_memory()
     hardware.keep_freed_memory()
 
 
