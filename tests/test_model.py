@@ -361,8 +361,8 @@ def test_compiled_for_training_a_model_has_the_eager_ones_gradients_whatever_the
         assert gradient is not None
         assert ours is not None
         assert (ours - gradient).norm() < 1e-4 * gradient.norm(), name
-    if checkpointing:  # of a block its input, as in eager code
-        assert kept[1] == pytest.approx(kept[0], rel=0.02)
+    if checkpointing:  # of a block its input, as in eager code; of the last norm only its input, too
+        assert kept[1] == pytest.approx(kept[0] - 4 * ids.numel() * shape.d_model, rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 2500])
