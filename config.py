@@ -104,8 +104,8 @@ class DataConfig:
         )
         _require(
             len(self.dataset_probabilities) == len(self.current_datasets),
-            f"data.dataset_probabilities has {len(self.dataset_probabilities)} values for "
-            f"{len(self.current_datasets)} datasets ({' '.join(self.current_datasets)}); give one for each",
+            f"data.dataset_probabilities ({' '.join(map(str, self.dataset_probabilities))}) and data.current_datasets "
+            f"({' '.join(self.current_datasets)}) differ in number; give one probability for each dataset",
         )
         for probability in self.dataset_probabilities:
             _require(

@@ -105,7 +105,7 @@ def plan(
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
     print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once, of "
-          f"{usable / 2**30:.1f} to use")  # fmt: skip
+          f"{usable / 2**30:.1f} to use{'' if gpu else ' now'}")  # fmt: skip
     print(f"disk      {checkpoint / 2**20:,.0f} MB a checkpoint, {n_kept} at a time: "
           f"{n_kept * checkpoint / 2**30:.1f} GB of {free / 2**30:,.0f} free")  # fmt: skip
     print(f"speed     {rate:,.0f} tokens/s, {speed.source}")

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("sizes to choose from, with this vocabulary, context and batch_size (about 20 tokens per parameter")
     print("are compute-optimal, arXiv:2203.15556; more make a better model of that size):\n")
     print(f"{'d_model':>8}{'layers':>8}{'heads':>7}{'parameters':>13}", end="")
-    print(f"{'MFLOP/token':>13}{'memory':>10}{'20 tok/param':>14}")
+    print(f"{'MFLOP/token':>13}{'memory':>10}{'20 tok/param':>14}", flush=True)  # the rows take a second or two each
     for width in sorted({*WIDTHS, config.model.d_model}):
         row = ladder(config.model, width)
         with torch.device("meta"):
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mark = "  <- yours" if row == config.model else ""
         print(
             f"{width:>8}{row.n_layers:>8}{row.n_heads:>7}{n / 1e6:>11,.1f} M{flops / 1e6:>13,.0f}"
-            f"{gigabytes:>7,.1f} GB{20 * n / 1e9:>12,.2f} B{mark}"
+            f"{gigabytes:>7,.1f} GB{20 * n / 1e9:>12,.2f} B{mark}",
+            flush=True,
         )
     return 0
 

@@ -77,7 +77,7 @@ def run(*command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
 # ---- what is refused -----------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [  # settings, words that name the field, words that say what to do
-    ({"data.dataset_probabilities": [1.0]}, "data.dataset_probabilities has 1 values for 2 datasets", "one for each"),
+    ({"data.dataset_probabilities": [1.0]}, "data.dataset_probabilities (1.0)", "one probability for each"),
     ({"data.dataset_probabilities": [0.6, 0.3]}, "data.dataset_probabilities sum to 0.9", "must sum to 1"),
     ({"data.dataset_probabilities": [0.6, 0.6]}, "data.dataset_probabilities sum to 1.2", "must sum to 1"),
     ({"data.dataset_probabilities": [NAN, 0.4]}, "data.dataset_probabilities has nan", "above 0 and at most 1"),
