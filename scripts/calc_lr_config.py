@@ -66,16 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{c.lr * level / HEIGHT:>10.1e} |{bar}".rstrip())
     print(f"{'':>10} +{'-' * WIDTH}\n{'':>12}0{total_steps:>{WIDTH - 1},}\n")
 
-    print("batches to choose from (the same tokens; a larger batch takes fewer, surer steps,")
-    print("and a higher rate may pay: docs/recipe.md):\n")
-    print(f"{'accumulation':>13}{'rows/step':>11}{'tokens/step':>13}{'steps':>10}{'warm-up':>9}")
+    print("batches to choose from (the same tokens; a larger batch takes fewer, surer steps, at a higher rate):\n")
+    muon = c.optimizer == "muon"
+    heads = f"{'accumulation':>13}{'rows/step':>11}{'tokens/step':>13}{'steps':>10}{'warm-up':>9}"
+    print(heads + f"{'lr':>10}" * muon)
     for accumulation in (1, 2, 4, 8, 16, 32):
         rows = c.batch_size * accumulation * world_size
         per_step = rows * config.model.max_length
         if rows % config.data.n_streams == 0:
+            rate = f"{c.lr * (per_step / config.tokens_per_step(world_size)) ** 0.25:>10.1e}" if muon else ""
             mark = "  <- yours" if accumulation == c.gradient_accumulation_steps else ""
             steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
-            print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{mark}")
+            print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{rate}{mark}")
+    if muon:
+        print("\n(lr as (tokens/step)^0.25: the best of small models up to 32,768 tokens, docs/recipe.md)")
     return 0
 
 
