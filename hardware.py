@@ -165,11 +165,11 @@ def compile_for_training(model: nn.Module, device: torch.device) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let malloc, where it is glibc's, map each array by itself and give it back when it is freed, however large it is.
+    """Let malloc, where it is glibc's, map each array of 128 kB or more by itself, and give it back when it is freed.
 
-    For a program's start, until keep_freed_memory: what compiling and a first step leave behind then lies together. It
-    would lie between the arrays of that step otherwise, and the gaps left over would suit few of the next: 6% and 8% of
-    a step's memory (docs/log.md).
+    For a program's start, until keep_freed_memory: what compiling and a first pass leave behind then lies together. It
+    would otherwise lie between the arrays of that pass, and few of the next would suit the gaps: 8% of a step's memory
+    (docs/log.md).
     """
     _set_thresholds(2**17, trim=2**17)
 
@@ -178,7 +178,7 @@ def keep_freed_memory() -> None:
     """Let malloc keep what a step frees for the next one, where it is glibc's.
 
     It would give much of it back, and the system clear tens of thousands of pages in each step: some 5% of its time,
-    and a third where each array is mapped by itself.
+    and a third if each array were mapped by itself (docs/log.md).
     """
     most = 2**31 - 1  # an int of bytes
     # glibc before 2.35 takes at most 32 MB for the threshold above which it maps an array by itself. Unless it is set,
@@ -187,7 +187,7 @@ def keep_freed_memory() -> None:
 
 
 def _set_thresholds(*of_mmap: int, trim: int) -> None:
-    """malloc's, in bytes: the first of of_mmap that it takes. One that the environment sets is left as it is."""
+    """malloc's, in bytes: the first of of_mmap that it takes. If the environment sets either, both stay as they are."""
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h

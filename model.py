@@ -364,7 +364,7 @@ class GPT(nn.Module):
         return HeadLoss.apply(x, self.head.weight, targets.flatten(), self.cross_entropy_)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """torch.compile, with its arguments, in place: graphs of a block, which all share, the norm, and the loss.
+        """torch.compile, with its arguments, in place: a graph for all blocks, one for the last norm, one for the loss.
 
         A graph of the whole model saves 0.5% of a step (a CPU, fp32) and compiles each layer anew (docs/log.md); and
         where several processes share a step, a block's gradients are exchanged while those before it are computed.

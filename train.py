@@ -300,7 +300,7 @@ def train(config: Config) -> int:
         say(f"memory    too little for that; now {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated")
         torch.compiler.reset()  # or after eight sizes it would compile no more
     if on_cpu:
-        keep_freed_memory()  # not before: see give_back_freed_memory
+        keep_freed_memory()  # from the second pass on (under FSDP, which tries none, from the first)
     seconds_trained += time.perf_counter() - started  # most of it is compiling
     if is_main:
         write_json(run_dir / "config.json", config.to_dict())

@@ -393,9 +393,8 @@ print(before, len(events) - 1 - before, made["fxgraph_cache_miss"] + made["fxgra
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     before, after, graphs = map(int, done.stdout.split())
-    assert (
-        graphs == 5
-    )  # forward and backward of a block and the norm, and the cross-entropy: not cut along DDP's buckets
+    # Forward and backward of a block and of the norm, and the cross-entropy: not cut along DDP's buckets.
+    assert graphs == 5
     assert before >= 4  # the loss and the last three blocks
     assert after >= 1  # and the first block's, with the embedding's
 
