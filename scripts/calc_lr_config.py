@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
             print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{rate}{mark}")
     if muon:
-        print("\n(lr as (tokens/step)^0.25: the best of small models up to 32,768 tokens, docs/recipe.md)")
+        print("\n(lr: train.lr, taken to be right for your batch, x (its share of your tokens/step)^0.25; the best")
+        print("rates of small models rose so from 2,048 to 32,768 tokens, beyond it is a guess: docs/recipe.md)")
     return 0
 
 
