@@ -168,8 +168,8 @@ def give_back_freed_memory() -> None:
     """Let malloc, where it is glibc's, map each array of 128 kB or more by itself, and give it back when it is freed.
 
     For a program's start, until keep_freed_memory: what compiling and a first pass leave behind then lies together. It
-    would otherwise lie between the arrays of that pass, and few of the next would suit the gaps: 8% of a step's memory
-    (docs/log.md).
+    would otherwise lie between the arrays of that pass, and few of the next would suit the gaps: 6 to 8% of a step's
+    memory (docs/log.md).
     """
     _set_thresholds(2**17, trim=2**17)
 
@@ -178,7 +178,7 @@ def keep_freed_memory() -> None:
     """Let malloc keep what a step frees for the next one, where it is glibc's.
 
     It would give much of it back, and the system clear tens of thousands of pages in each step: some 5% of its time,
-    and a third if each array were mapped by itself (docs/log.md).
+    and 40% more if each array were mapped by itself (docs/log.md).
     """
     most = 2**31 - 1  # an int of bytes
     # glibc before 2.35 takes at most 32 MB for the threshold above which it maps an array by itself. Unless it is set,
