@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     muon = c.optimizer == "muon"
     heads = f"{'accumulation':>13}{'rows/step':>11}{'tokens/step':>13}{'steps':>10}{'warm-up':>9}"
     print(heads + f"{'lr':>10}" * muon)
-    for accumulation in (1, 2, 4, 8, 16, 32):
+    for accumulation in sorted({1, 2, 4, 8, 16, 32, c.gradient_accumulation_steps}):
         rows = c.batch_size * accumulation * world_size
         per_step = rows * config.model.max_length
         if rows % config.data.n_streams == 0:

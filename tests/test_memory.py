@@ -205,7 +205,13 @@ def test_a_run_that_chooses_its_micro_batch_trains_on_the_same_tokens_per_step(t
     assert [r["tokens"] for r in records if r["kind"] == "train"][-1] == 22 * 1024
 
 
-GLIBCS_OWN = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+def number_printed_by(script: str, name: str) -> int:
+    """By a process whose malloc is as glibc sets it."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    command = [sys.executable, "-c", script, str(ROOT), name]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+
 FREE_AND_ALLOCATE = """
 import resource, sys
 
@@ -226,11 +232,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_a_step_on_a_cpu_finds_the_memory_that_the_last_one_freed() -> None:
-    pages = {}
-    for name in ("kept", "given back"):
-        command = [sys.executable, "-c", FREE_AND_ALLOCATE, str(ROOT), name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=GLIBCS_OWN)
-        pages[name] = int(done.stdout)
+    pages = {name: number_printed_by(FREE_AND_ALLOCATE, name) for name in ("kept", "given back")}
     assert 10 * pages["kept"] < pages["given back"]  # 0 and 600,000 here; with huge pages 500 times fewer
 
 
@@ -258,11 +260,7 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # kB; get
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_what_a_first_step_leaves_behind_does_not_lie_between_the_arrays_of_the_next() -> None:
-    most = {}
-    for name in ("given back first", "kept from the start"):
-        command = [sys.executable, "-c", STEPS_OF_TWO_KINDS, str(ROOT), name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=GLIBCS_OWN)
-        most[name] = int(done.stdout)
+    most = {name: number_printed_by(STEPS_OF_TWO_KINDS, name) for name in ("given back first", "kept from the start")}
     assert most["kept from the start"] - most["given back first"] > 250_000  # kB, of 328,000
 
 
