@@ -60,13 +60,19 @@ def training_memory(config: Config, rows: int, devices: int = 1) -> TrainingMemo
     all state in fp32.
     devices: among which train.fsdp divides weights, gradients and state.
     """
-    one, two = _traced(config, rows, n_layers=1), _traced(config, rows, n_layers=2)
-    more = config.model.n_layers - 2  # and each takes as much as the second
-    weights, gradients, optimizer, activations = (b + more * (b - a) for a, b in zip(one, two, strict=True))
+    shape = config.model.resolved(config.data.n_vocab)
+    with torch.device("meta"):
+        model = GPT(shape)
+    weights = gradients = 4 * model.parameter_counts()["total"]
+    optimizer = sum(
+        4 * p.numel() * (1 if isinstance(o, Muon) else 2)
+        for o in build_optimizers(model, config.train) for group in o.param_groups for p in group["params"]
+    )  # fmt: skip
+    one, two = _activations(config, rows, n_layers=1), _activations(config, rows, n_layers=2)
+    activations = one + (shape.n_layers - 1) * (two - one)  # each further layer takes as much as the second
     n = devices if config.train.fsdp else 1
     # Not divided: Muon takes some matrices at a time, and of several processes each as many.
-    shape = astuple(config.model.resolved(config.data.n_vocab))
-    update = _update(shape, config.train.optimizer, 1 if config.train.fsdp else devices)
+    update = _update(astuple(shape), config.train.optimizer, 1 if config.train.fsdp else devices)
     return TrainingMemory(weights // n, gradients // n, optimizer // n, activations, update)
 
 
@@ -85,47 +91,41 @@ def _with_gradients(shape: GPTConfig) -> GPT:
     return model
 
 
-def _optimizers(model: GPT, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """With their state, and as of a process alone: what is counted must not depend on how many count."""
-    optimizers = build_optimizers(model, config)
-    for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
-            optimizer.processes = 1
-        optimizer.step()  # the first one makes the state
-    return optimizers
-
-
-def _traced(config: Config, rows: int, n_layers: int) -> tuple[int, int, int, int]:
-    """Bytes of weights, gradients, optimizer and activations."""
-    in_16_bits = computes_in_16_bits(config)
+def _activations(config: Config, rows: int, n_layers: int) -> int:
+    """Bytes that a forward and backward pass takes at most, beside weights and gradients."""
     with FakeTensorMode():
         model = _with_gradients(replace(config.model.resolved(config.data.n_vocab), n_layers=n_layers))
         model.activation_checkpointing = config.train.activation_checkpointing
 
         def forward_and_backward() -> None:
             ids = torch.zeros(rows, model.config.max_length, dtype=torch.int64)
-            with torch.autocast("cpu", torch.bfloat16, enabled=in_16_bits):
+            with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_16_bits(config)):
                 model(ids, ids).backward()
 
-        activations = _peak(forward_and_backward)
-        optimizers = _optimizers(model, config.train)
-        states = [tensor for o in optimizers for state in o.state.values() for tensor in state.values()]
-    n_bytes = 4 * model.parameter_counts()["total"]
-    return n_bytes, n_bytes, sum(s.nbytes for s in states), activations
+        return _peak(forward_and_backward)
 
 
 @functools.cache  # asked for with one number of rows after another
 def _update(shape: tuple[Any, ...], optimizer: Literal["muon", "adamw"], processes: int) -> int:
     """Bytes that come and go while the optimizer moves the weights, at most: as in one process, or, if that is more,
     the directions that several gather. shape: the fields of a resolved GPTConfig."""
+    config = GPTConfig(*shape)
     with FakeTensorMode():
-        model = _with_gradients(GPTConfig(*shape))
-        optimizers = _optimizers(model, TrainingConfig(optimizer=optimizer))
+        layer = GPT(replace(config, n_layers=1)).block_matrices()
+        of_a_layer = Counter((n, weight.size(1)) for weight, rows in layer for n in rows)
+        at_once = {(r, c): max(1, NUMBERS_AT_ONCE // (r * c)) for r, c in of_a_layer}  # as Muon takes them
+        # More layers than those that fill it take no more at a time, and seconds to follow.
+        enough = max(-(-at_once[kind] // n) for kind, n in of_a_layer.items())
+        model = _with_gradients(replace(config, n_layers=min(enough, config.n_layers)))
+        optimizers = build_optimizers(model, TrainingConfig(optimizer=optimizer))
+        for each in optimizers:
+            if isinstance(each, Muon):
+                each.processes = 1  # what is counted must not depend on how many count
+            each.step()  # the first one makes the state
         alone = max(_peak(each.step) for each in optimizers)
-        if processes == 1 or optimizer == "adamw":
-            return alone
-        matrices = Counter((n, weight.size(1)) for weight, rows in model.block_matrices() for n in rows)
-    shares = [r * c * min(max(1, NUMBERS_AT_ONCE // (r * c)), -(-n // processes)) for (r, c), n in matrices.items()]
+    if processes == 1 or optimizer == "adamw":
+        return alone
+    shares = [r * c * min(at_once[r, c], -(-n * config.n_layers // processes)) for (r, c), n in of_a_layer.items()]
     return max(alone, 2 * (processes + 1) * max(shares))  # bf16: everyone's, and a process's own before
 
 
