@@ -498,10 +498,11 @@ _TOKENIZER_FIELDS = {"tokenizer", "bpe_vocab_size"}  # a model's ids mean what i
 # Places, which say nothing about what is there: the data's position carries hashes of the files and refuses others.
 _FREE_DATA_FIELDS = {"cache_dir", "local_files", "shards_dir", "val_tokens"}
 # What may change between a run and its continuation without changing what is learned. (Batch size and
-# accumulation may be traded for each other or for devices: train.py checks their product.)
+# accumulation may be traded for each other or for devices: train.py checks their product. lr is compared as it is for
+# that product.)
 _FREE_TRAINING_FIELDS = {
     "run_name", "out_dir", "batch_size", "gradient_accumulation_steps", "fit_memory", "activation_checkpointing",
-    "max_steps", "epochs", "precision", "compile", "fsdp",
+    "lr_tokens_per_step", "max_steps", "epochs", "precision", "compile", "fsdp",
     "log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every",
     "hang_minutes", "trackers", "max_spike",
 }  # fmt: skip

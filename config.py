@@ -205,7 +205,8 @@ class TrainingConfig:
     epochs: int = 3  # end the run after this many passes over the datasets; used when max_steps is 0
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
-    lr: float = 0.02  # peak rate of block matrices; with adamw, of every weight (6e-4 for a large model, 4e-3 small)
+    lr: float = 0.02  # peak rate of block matrices (and see next); with adamw, of every weight (6e-4 large, 4e-3 small)
+    lr_tokens_per_step: int = 131_072  # larger steps: lr x (tokens / these)^(1/4), muon only; 0, or lr alone given: lr
     embedding_lr: float = 0.3  # peak rate of an untied embedding at d_model 768, scaled by sqrt(768/d_model); muon only
     head_lr: float = 0.008  # peak rate of the output head and the norms at d_model 768, scaled likewise; muon only
     weight_decay: float = 0.1  # decoupled decay of the block matrices, per unit of learning rate
@@ -238,7 +239,7 @@ class TrainingConfig:
             "log_every", "eval_every", "save_every", "keep_checkpoints",
         )  # fmt: skip
         not_negative = "max_steps", "weight_decay", "warmup_tokens", "max_grad_norm", "save_minutes", "keep_every"
-        for name in (*not_negative, "hang_minutes", "max_spike"):
+        for name in (*not_negative, "lr_tokens_per_step", "hang_minutes", "max_spike"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"train.{name} is {value}; use 0 or a positive number")
         for name in ("cooldown_fraction", "final_lr_fraction"):
@@ -361,6 +362,31 @@ class Config:
     def tokens_per_step(self, world_size: int = 1) -> int:
         return self.rows_per_step(world_size) * self.model.max_length
 
+    def with_batch_size(self, batch_size: int, rows_per_step: int, world_size: int = 1) -> Config:
+        """The same with so many rows at once on each device, accumulated to so many per step, and the rate for these.
+
+        With Muon the best rate of small models grew as the fourth root of the batch (docs/recipe.md). Below
+        lr_tokens_per_step lr stays: there it was measured to be near the best.
+        """
+        rows_at_once, c = batch_size * world_size, self.train
+        if rows_per_step % rows_at_once:
+            remedy = "choose another --train.batch_size" if batch_size > 1 else "use fewer"
+            raise ConfigError(
+                f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
+                f"{batch_size} x {world_size} devices; {remedy}"
+            )
+        tokens_per_step, lr = rows_per_step * self.model.max_length, c.lr
+        if c.optimizer == "muon" and 0 < c.lr_tokens_per_step < tokens_per_step:
+            lr *= math.sqrt(math.sqrt(tokens_per_step / c.lr_tokens_per_step))  # to the same bit on every processor
+        train = dataclasses.replace(
+            c,
+            batch_size=batch_size,
+            gradient_accumulation_steps=rows_per_step // rows_at_once,
+            lr=lr,
+            lr_tokens_per_step=tokens_per_step,
+        )
+        return dataclasses.replace(self, train=train)
+
     def warmup_steps(self, world_size: int = 1) -> int:
         return math.ceil(self.train.warmup_tokens / self.tokens_per_step(world_size))
 
@@ -399,6 +425,7 @@ PRESETS: dict[str, Config] = {
             gradient_accumulation_steps=1,
             max_steps=560,
             lr=0.03,
+            lr_tokens_per_step=4096,
             warmup_tokens=80_000,
             eval_every=140,
             save_every=280,
@@ -409,7 +436,12 @@ PRESETS: dict[str, Config] = {
         data=DataConfig(current_datasets=("FINEWEB_EDU",), dataset_probabilities=(1.0,)),
         model=GPTConfig(d_model=768, n_layers=12, n_heads=12, tie_embeddings=True),
         train=TrainingConfig(
-            run_name="gpt2", batch_size=32, gradient_accumulation_steps=2, max_steps=19_000, warmup_tokens=20_000_000
+            run_name="gpt2",
+            batch_size=32,
+            gradient_accumulation_steps=2,
+            max_steps=19_000,
+            lr_tokens_per_step=65_536,
+            warmup_tokens=20_000_000,
         ),
     ),
     # Seconds on a CPU: for tests and for a first look at the machinery.
@@ -429,6 +461,7 @@ PRESETS: dict[str, Config] = {
             batch_size=4,
             gradient_accumulation_steps=1,
             max_steps=20,
+            lr_tokens_per_step=256,
             warmup_tokens=1000,
             log_every=1,
             eval_every=10,
@@ -464,6 +497,8 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
         words = [value] if equals else arguments[i + 1 : i + 2]
         if name.replace("-", "_") == "__train.batch_size" and words == ["auto"]:
             arguments[i : i + (1 if equals else 2)] = ["--train.fit_memory"]
+    if any(argument.partition("=")[0] == "--train.lr" for argument in arguments):  # a rate of one's own, for any batch
+        arguments = ["--train.lr_tokens_per_step", "0", *arguments]
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")
     description += f"\n\n--preset NAME starts from one of: {', '.join(PRESETS)} (shown here: {preset})"

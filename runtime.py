@@ -136,20 +136,6 @@ def newest_for_all(accelerator: Accelerator, run_dir: Path) -> Checkpoint | None
     return found
 
 
-def with_batch_size(config: Config, batch_size: int, rows_per_step: int, world_size: int) -> Config:
-    """The configuration with so many rows at once on each device, accumulated to so many per step."""
-    rows_at_once = batch_size * world_size
-    if rows_per_step % rows_at_once:
-        remedy = "choose another --train.batch_size" if batch_size > 1 else "use fewer"
-        raise ConfigError(
-            f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
-            f"{batch_size} x {world_size} devices; {remedy}"
-        )
-    accumulated = rows_per_step // rows_at_once
-    train = dataclasses.replace(config.train, batch_size=batch_size, gradient_accumulation_steps=accumulated)
-    return dataclasses.replace(config, train=train)
-
-
 def runs_out_of_memory(
     accelerator: Accelerator,
     trained: torch.nn.Module,

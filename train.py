@@ -64,11 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if config.resume:  # its rows per step are those of the saved run
             from checkpoint import newest_checkpoint, read_state
-            from runtime import with_batch_size
 
             if newest := newest_checkpoint(config.train.run_dir):
                 batch_size = 1 if config.train.fit_memory else config.train.batch_size
-                config = with_batch_size(config, batch_size, read_state(newest.path)["rows_per_step"], world_size)
+                config = config.with_batch_size(batch_size, read_state(newest.path)["rows_per_step"], world_size)
         return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train, tokenizer)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -135,7 +134,6 @@ def train(config: Config) -> int:
         start_trackers,
         to_device,
         validation_scores,
-        with_batch_size,
     )
     from sampling import NonFiniteError, by_module, generate_text
 
@@ -194,12 +192,14 @@ def train(config: Config) -> int:
     rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
     batch_size = c.batch_size
     if c.fit_memory:
-        with_batch_size(config, 1, rows_per_step, world_size).check_layout(world_size)
+        config.with_batch_size(1, rows_per_step, world_size).check_layout(world_size)
         usable = usable_memory(device) // (world_size if on_cpu else 1)
         fitting = fitting_batch_size(config, rows_per_step // world_size, usable, world_size)
         batch_size = int(accelerator.gather(torch.tensor([fitting], device=device)).min())
         say(f"memory    {usable / 2**30:.1f} GB to use: {batch_size} rows of {config.model.max_length} tokens at once")
-    config = with_batch_size(config, batch_size, rows_per_step, world_size)
+    config = config.with_batch_size(batch_size, rows_per_step, world_size)
+    if config.train.lr != c.lr:
+        say(f"lr        {config.train.lr:.2g} at its peak: {c.lr:g} is for {c.lr_tokens_per_step:,} tokens per step")
     c, tokens_per_step = config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
 
@@ -295,7 +295,7 @@ def train(config: Config) -> int:
             raise ConfigError(
                 "out of memory with a single row; use a smaller model or context, or --train.activation_checkpointing"
             )
-        config = with_batch_size(config, fewer[-1], rows_per_step, world_size)
+        config = config.with_batch_size(fewer[-1], rows_per_step, world_size)
         c = config.train
         say(f"memory    too little for that; now {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated")
         torch.compiler.reset()  # or after eight sizes it would compile no more

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from plan import run_length
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    given = config
+    config = given.with_batch_size(given.train.batch_size, given.rows_per_step(world_size), world_size)
     total_steps, per_epoch = run_length(config, world_size)
     tokens_per_epoch = sum(per_epoch.values())
     warmup = config.warmup_steps(world_size)
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, group in zip(names, groups, strict=False):
         print(f"{name:<22}{group['peak_lr']:>12.2e}{group['peak_lr'] * c.final_lr_fraction:>12.2e}")
 
+    if c.lr != given.train.lr:
+        print(f"(the first: {given.train.lr:g} is for {given.train.lr_tokens_per_step:,} tokens per step)")
     if c.optimizer == "muon":
         others = "head_lr" if config.model.tie_embeddings else "head_lr and embedding_lr"
         width = math.sqrt(768 / config.model.d_model)
@@ -74,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = c.batch_size * accumulation * world_size
         per_step = rows * config.model.max_length
         if rows % config.data.n_streams == 0:
-            rate = f"{c.lr * (per_step / config.tokens_per_step(world_size)) ** 0.25:>10.1e}" if muon else ""
+            rate = f"{given.with_batch_size(c.batch_size, rows, world_size).train.lr:>10.1e}" if muon else ""
             mark = "  <- yours" if accumulation == c.gradient_accumulation_steps else ""
             steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
             print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{rate}{mark}")
     if muon:
-        print("\n(lr: train.lr, taken to be right for your batch, x (its share of your tokens/step)^0.25; the best")
-        print("rates of small models rose so from 2,048 to 32,768 tokens, beyond it is a guess: docs/recipe.md)")
+        print("\n(lr: as train.py has it. Above a preset's own batch it grows by the fourth root, as the best rates of")
+        print("small models did from 2,048 to 32,768 tokens: beyond, a guess. --train.lr is taken as it is.)")
     return 0
 
 

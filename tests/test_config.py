@@ -197,6 +197,39 @@ def test_a_resumed_run_checks_its_layout_only_when_its_rows_per_step_are_known()
         c.check_layout(1)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_presets_rate_is_for_its_batch_on_one_device_and_grows_with_larger_ones_by_the_fourth_root(preset: str):
+    c = load_config(["--preset", preset], "", Config)
+    rows, lr = c.rows_per_step(), PRESETS[preset].train.lr
+    assert c.with_batch_size(c.train.batch_size, rows).train.lr == lr
+    larger = c.with_batch_size(c.train.batch_size, 16 * rows, world_size=16)
+    assert larger.train.lr == 2 * lr
+    assert larger.with_batch_size(1, 16 * rows, 4).train.lr == 2 * lr  # of one step of so many, however it is divided
+    for length, expected in ((c.model.max_length // 2, lr), (2 * c.model.max_length, pytest.approx(lr * 2**0.25))):
+        other = load_config(["--preset", preset, "--model.max_length", str(length)], "", Config)
+        assert other.with_batch_size(c.train.batch_size, rows).train.lr == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--train.lr", "0.03"],
+        ["--train.lr=0.03"],
+        ["--train.lr_tokens_per_step", "0", "--preset", "demo"],
+        ["--train.lr", "0.003", "--train.optimizer", "adamw", "--train.lr_tokens_per_step", "4096"],  # muon only
+    ],
+)
+def test_a_rate_of_ones_own_is_taken_as_it_is(arguments: list[str]):
+    c = load_config(arguments, "", Config)
+    for rows in (1, 128, 4096):
+        assert c.with_batch_size(1, rows).train.lr == c.train.lr in (0.03, 0.003)
+
+
+def test_a_rate_of_ones_own_may_be_given_with_its_batch():
+    c = load_config(["--train.lr_tokens_per_step", "8192", "--train.lr", "0.03"], "", Config)
+    assert c.with_batch_size(1, 128).train.lr == 2 * 0.03
+
+
 def test_the_world_size_of_a_launcher_counts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="number of processes, 3"):

@@ -139,6 +139,37 @@ def test_accumulation_equals_one_big_batch(runs: Runs) -> None:
     assert_same_training(runs, "accumulated", "big")
 
 
+def test_a_run_says_the_rate_of_its_batch_and_keeps_it_however_the_rows_are_divided(runs: Runs) -> None:
+    out, _ = runs("large", "--train.gradient_accumulation_steps", "16", "--train.max_steps", "8")
+    assert "lr        0.04 at its peak: 0.02 is for 256 tokens per step\n" in out
+    again = ["--train.batch_size", "32", "--train.gradient_accumulation_steps", "1", "--train.max_steps", "9"]
+    out, _ = runs("large", *again, "--resume", processes=2)
+    assert "lr        0.04 at its peak" in out
+    steps = [r for r in runs.records("large") if r["kind"] == "train"]
+    cooled = [0.05 + 0.95 * (total - step) / (0.65 * total) for step, total in [*((i, 8) for i in range(8)), (8, 9)]]
+    assert [r["lr"] for r in steps] == pytest.approx([0.04 * min(1, factor) for factor in cooled])
+    saved = json.loads((runs.checkpoint("large", 9) / "config.json").read_text())["train"]
+    assert (saved["lr"], saved["lr_tokens_per_step"]) == (0.04, 4096)
+
+
+def test_a_run_of_before_the_rate_followed_the_batch_goes_on_with_its_own(runs: Runs) -> None:
+    options = ["--train.gradient_accumulation_steps", "4", "--train.max_steps", "2"]
+    runs("older", *options, "--train.lr", "0.02")
+    path = runs.checkpoint("older", 2)
+    config = json.loads((path / "config.json").read_text())
+    del config["train"]["lr_tokens_per_step"]
+    (path / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((path / "manifest.json").read_text())
+    written = (path / "config.json").read_bytes()
+    manifest["files"]["config.json"] = {"size": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    manifest["sha256"] = _digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    options[-1] = "3"
+    _, err = runs("older", *options, "--resume", code=4)
+    assert "train.lr 0.02 -> 0.028284271247461905. Use the old values" in err
+    runs("older", *options, "--resume", "--train.lr", "0.02")
+
+
 def test_two_processes_equal_one_and_hand_over_to_one(runs: Runs) -> None:
     if not (runs.folder / "big").exists():
         runs("big", *FP32)
