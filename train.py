@@ -502,6 +502,8 @@ def train(config: Config) -> int:
         save()
     if is_main:
         write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)
+        if outcome == "stopped":
+            plot_loss(run_dir)  # with the steps since the last validation
     elapsed = duration(time.perf_counter() - started)
     say(f"{outcome} at step {step}: {amount(tokens_seen)} tokens, this time in {elapsed}")
     if outcome == "stopped":

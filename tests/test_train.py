@@ -129,6 +129,7 @@ def test_sigterm_saves_and_exits_75_and_resume_gives_the_same_bits(runs: Runs, w
     assert status["outcome"] == "stopped"
     assert 5 <= status["step"] < 20
     assert runs.checkpoint("stopped", status["step"]).exists()
+    assert (runs.folder / "stopped" / "loss.png").exists()  # though no validation may have come by then
     runs("stopped", "--resume")
     assert weights(runs.checkpoint("stopped", 20)) == weights(runs.checkpoint("whole", 20))
 
