@@ -489,8 +489,8 @@ def check_same_run(path: Path, config: Config) -> None:
         only_data = not any(change.startswith(kept) for change in changes) and not config.restart_data
         remedy = ", or --restart_data to go on with other documents" if only_data else ""
         raise CheckpointError(
-            f"cannot resume {path}: {'; '.join(changes)}. Use the old values, another --train.run_name for a new run"
-            f"{remedy}"
+            f"cannot resume {path}: {'; '.join(changes)}. Use the old values, or another --train.run_name for a new "
+            f"run{remedy}"
         )
 
 

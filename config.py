@@ -205,8 +205,8 @@ class TrainingConfig:
     epochs: int = 3  # end the run after this many passes over the datasets; used when max_steps is 0
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
-    lr: float = 0.02  # peak rate of block matrices (and see next); with adamw, of every weight (6e-4 large, 4e-3 small)
-    lr_tokens_per_step: int = 131_072  # larger steps: lr x (tokens / these)^(1/4), muon only; 0, or lr alone given: lr
+    lr: float = 0.02  # peak rate of block matrices; not given, it grows with the batch; adamw: of all (6e-4 to 4e-3)
+    lr_tokens_per_step: int = 131_072  # of lr; n > 1 times these take lr x n^(1/4) (muon only); 0, or lr given: lr
     embedding_lr: float = 0.3  # peak rate of an untied embedding at d_model 768, scaled by sqrt(768/d_model); muon only
     head_lr: float = 0.008  # peak rate of the output head and the norms at d_model 768, scaled likewise; muon only
     weight_decay: float = 0.1  # decoupled decay of the block matrices, per unit of learning rate

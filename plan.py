@@ -102,6 +102,7 @@ def plan(
     print(f"model     {counts['total'] / 1e6:,.1f}M parameters, {flops / 1e6:,.1f} MFLOP per token")
     print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {amount(tokens)} "
           f"tokens, {tokens / counts['total']:,.1f} per parameter")  # fmt: skip
+    print(f"lr        {config.with_batch_size(1, config.rows_per_step(world_size)).train.lr:.2g} at its peak")
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
     print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once, of "

@@ -198,9 +198,7 @@ def train(config: Config) -> int:
         batch_size = int(accelerator.gather(torch.tensor([fitting], device=device)).min())
         say(f"memory    {usable / 2**30:.1f} GB to use: {batch_size} rows of {config.model.max_length} tokens at once")
     config = config.with_batch_size(batch_size, rows_per_step, world_size)
-    if config.train.lr != c.lr:
-        say(f"lr        {config.train.lr:.2g} at its peak: {c.lr:g} is for {c.lr_tokens_per_step:,} tokens per step")
-    c, tokens_per_step = config.train, config.tokens_per_step(world_size)
+    given, c, tokens_per_step = c, config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
 
     # ---- data, model, optimizer -----------------------------------------------------------
@@ -273,6 +271,9 @@ def train(config: Config) -> int:
         f"batch     {c.batch_size} rows x {c.gradient_accumulation_steps} accumulated x {world_size} devices "
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
     )
+    if c.lr != given.lr:
+        share = f"({tokens_per_step:,} / {given.lr_tokens_per_step:,} tokens per step)^(1/4)"
+        say(f"lr        {c.lr:.2g} at its peak: {given.lr:g} x {share}; another with --train.lr")
     about = "" if c.max_steps else "about "  # the data decides
     say(f"run       {run_dir}: step {step} to {about}{total_steps:,}, {amount(total_steps * tokens_per_step)} tokens")
     if state and step < total_steps != state["total_steps"]:
@@ -502,7 +503,7 @@ def train(config: Config) -> int:
         save()
     if is_main:
         write_status(run_dir, outcome, step, exit_code=STOPPED if outcome == "stopped" else 0)
-        if outcome == "stopped":
+        if outcome == "stopped" and step > first_step:
             plot_loss(run_dir)  # with the steps since the last validation
     elapsed = duration(time.perf_counter() - started)
     say(f"{outcome} at step {step}: {amount(tokens_seen)} tokens, this time in {elapsed}")

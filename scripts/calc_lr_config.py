@@ -57,11 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:<22}{group['peak_lr']:>12.2e}{group['peak_lr'] * c.final_lr_fraction:>12.2e}")
 
     if c.lr != given.train.lr:
-        print(f"(the first: {given.train.lr:g} is for {given.train.lr_tokens_per_step:,} tokens per step)")
+        per_step, its_own = config.tokens_per_step(world_size), given.train.lr_tokens_per_step
+        print(f"(block matrices: train.lr {given.train.lr:g} x ({per_step:,} / {its_own:,} tokens per step)^(1/4))")
     if c.optimizer == "muon":
         others = "head_lr" if config.model.tie_embeddings else "head_lr and embedding_lr"
         width = math.sqrt(768 / config.model.d_model)
-        print(f"(behind the first: train.{others} x sqrt(768 / d_model) = {width:.2f})")
+        print(f"(the others: train.{others} x sqrt(768 / d_model) = {width:.2f}, whatever the batch)")
 
     print(f"\nwarm-up to step {warmup:,}, constant, from step {cooldown_from:,} linear to {c.final_lr_fraction:.0%}")
     factors = [lr_factor_at(i * (total_steps - 1) // (WIDTH - 1), total_steps, warmup, c) for i in range(WIDTH)]
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{c.lr * level / HEIGHT:>10.1e} |{bar}".rstrip())
     print(f"{'':>10} +{'-' * WIDTH}\n{'':>12}0{total_steps:>{WIDTH - 1},}\n")
 
-    print("batches to choose from (the same tokens; a larger batch takes fewer, surer steps, at a higher rate):\n")
+    print("batches to choose from (same tokens; larger ones take fewer, surer steps", end="")
+    print("; set --train.max_steps):\n" if c.max_steps else "):\n")
     muon = c.optimizer == "muon"
     heads = f"{'accumulation':>13}{'rows/step':>11}{'tokens/step':>13}{'steps':>10}{'warm-up':>9}"
     print(heads + f"{'lr':>10}" * muon)
@@ -82,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             mark = "  <- yours" if accumulation == c.gradient_accumulation_steps else ""
             steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
             print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{rate}{mark}")
-    if muon:
-        print("\n(lr: as train.py has it. Above a preset's own batch it grows by the fourth root, as the best rates of")
-        print("small models did from 2,048 to 32,768 tokens: beyond, a guess. --train.lr is taken as it is.)")
+    if muon and given.train.lr_tokens_per_step:
+        print("\n(lr, of block matrices: as train.py has it. It grows with the fourth root of the tokens per step, as")
+        print("measured with small models from 2,048 to 32,768 of them; beyond, it is a guess: docs/recipe.md)")
+    elif muon:
+        print("\n(lr, of block matrices: as given, whatever the batch; not given, it grows with a larger one)")
     return 0
 
 

@@ -118,6 +118,7 @@ def test_a_plan_for_a_gpu_that_is_not_here_follows_from_its_peak(capsys: pytest.
     fast, out = plan("0.4")
     assert fast == pytest.approx(2 * slow, rel=1e-4)
     assert "if 1 x H100 reach 40% of 989 TFLOP/s" in out
+    assert "lr        0.02 at its peak\n" in out
     assert re.search(r"time .*, compiling 1m00s\n", out)  # and no seconds for what is not counted
     flops = re.search(r"([0-9,.]+) MFLOP per token", out)
     assert flops

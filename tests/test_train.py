@@ -142,7 +142,7 @@ def test_accumulation_equals_one_big_batch(runs: Runs) -> None:
 
 def test_a_run_says_the_rate_of_its_batch_and_keeps_it_however_the_rows_are_divided(runs: Runs) -> None:
     out, _ = runs("large", "--train.gradient_accumulation_steps", "16", "--train.max_steps", "8")
-    assert "lr        0.04 at its peak: 0.02 is for 256 tokens per step\n" in out
+    assert "lr        0.04 at its peak: 0.02 x (4,096 / 256 tokens per step)^(1/4); another with --train.lr\n" in out
     again = ["--train.batch_size", "32", "--train.gradient_accumulation_steps", "1", "--train.max_steps", "9"]
     out, _ = runs("large", *again, "--resume", processes=2)
     assert "lr        0.04 at its peak" in out
