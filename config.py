@@ -366,7 +366,8 @@ class Config:
         """The same with so many rows at once on each device, accumulated to so many per step, and the rate for these.
 
         With Muon the best rate of small models grew as the fourth root of the batch (docs/recipe.md). Below
-        lr_tokens_per_step lr stays: there it was measured to be near the best.
+        lr_tokens_per_step lr stays: there it was measured to be near the best. Raises ConfigError for rows per step
+        that do not divide.
         """
         rows_at_once, c = batch_size * world_size, self.train
         if rows_per_step % rows_at_once:

@@ -272,8 +272,8 @@ def train(config: Config) -> int:
         f"x {config.model.max_length} tokens = {tokens_per_step:,} tokens per step"
     )
     if c.lr != given.lr:
-        share = f"({tokens_per_step:,} / {given.lr_tokens_per_step:,} tokens per step)^(1/4)"
-        say(f"lr        {c.lr:.2g} at its peak: {given.lr:g} x {share}; another with --train.lr")
+        growth = f"({tokens_per_step:,} / {given.lr_tokens_per_step:,} tokens per step)^(1/4)"
+        say(f"lr        {c.lr:.2g} at its peak: {given.lr:g} x {growth}; another with --train.lr")
     about = "" if c.max_steps else "about "  # the data decides
     say(f"run       {run_dir}: step {step} to {about}{total_steps:,}, {amount(total_steps * tokens_per_step)} tokens")
     if state and step < total_steps != state["total_steps"]:
