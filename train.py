@@ -508,7 +508,7 @@ def train(config: Config) -> int:
     elapsed = duration(time.perf_counter() - started)
     say(f"{outcome} at step {step}: {amount(tokens_seen)} tokens, this time in {elapsed}")
     if outcome == "stopped":
-        say("everything is saved; run the same command with --resume to continue")
+        say(f"{'everything is saved' if step else 'no step was done'}; run the same command with --resume to continue")
     accelerator.end_training()
     faulthandler.cancel_dump_traceback_later()
     if lock:
