@@ -18,7 +18,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -104,7 +104,8 @@ def document_hash(document: Document) -> int:
 
 
 def resolve_source(name: str, config: DataConfig) -> Source:
-    """Find a dataset's files; for the hub, pin its newest commit. Raises DataError within 15 seconds."""
+    """Find a dataset's files: on the hub at a pinned commit (its revision, or the newest), found or refused within 15
+    seconds; files here are read once, to count documents and to know their content again. Raises DataError."""
     dataset = DATASETS[name]
     if config.shards_dir:
         return _resolve_shards(name, Path(config.shards_dir).expanduser() / name)
@@ -320,12 +321,8 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
         first_row = 0
         for index, group in enumerate(groups):
             if index >= start:
-                try:
+                with _decoding(f"{path}, row group {group}, cannot be decoded"):
                     table = file.read_row_group(group, columns=[source.text_field], use_threads=False)
-                except (pa.ArrowException, OSError) as error:
-                    if type(error) is not OSError and isinstance(error, OSError):
-                        raise  # of the network or the disk; Arrow's own are plain
-                    raise CorruptRecord(f"{path}, row group {group}, cannot be decoded: {error}") from None
                 try:
                     column = table.column(0).to_pylist()
                 except UnicodeDecodeError as error:  # Arrow does not look when it reads
@@ -343,11 +340,19 @@ def _parquet_chunks(source: Source, path: str, size: int, share: int, n_shares: 
 @functools.lru_cache(maxsize=64)
 def _parquet_footer(path: str, size: int) -> pq.FileMetaData:
     """Read once for all streams: 2 MB in a file of 1,000 row groups."""
+    with _decoding(f"{path} is not a parquet file, or a truncated one"), closing(_open(path, size)) as file:
+        return pq.read_metadata(file)
+
+
+@contextmanager
+def _decoding(complaint: str) -> Iterator[None]:
+    """What Arrow cannot decode is an error of the data; one of the network or the disk passes as it is."""
     try:
-        with closing(_open(path, size)) as file:
-            return pq.read_metadata(file)
-    except pa.ArrowInvalid as error:
-        raise CorruptRecord(f"{path} is not a parquet file, or a truncated one: {error}") from None
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # Arrow's own are plain, and have no number
+        raise CorruptRecord(f"{complaint}: {error}") from None
 
 
 def _row_chunks(source: Source, path: str, size: int, share: int, n_shares: int, start: int) -> Iterator[Chunk]:

@@ -968,7 +968,7 @@ BROKEN: dict[str, tuple[type[Exception], str]] = {
     "list.jsonl": (TextFieldMissing, "no field 'text'"),
     "cut.jsonl.gz": (CorruptRecord, "truncated"),
     "plain.jsonl.gz": (CorruptRecord, "Not a gzipped file"),
-    "footer.parquet": (CorruptRecord, "cannot be read"),
+    "footer.parquet": (CorruptRecord, "not a parquet file, or a truncated one: Couldn't deserialize thrift"),
     "schema.parquet": (CorruptRecord, "base64"),
     "page.parquet": (CorruptRecord, "row group 0, cannot be decoded"),
     "number texts.jsonl": (CorruptRecord, "record 2, has a text that is int"),

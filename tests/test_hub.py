@@ -35,7 +35,7 @@ from config import DATASETS, DataConfig, Dataset
 from documents import DocumentStream
 from hub import ConfigOrSplitMissing, DatasetGated, DatasetMissing, HubUnreachable
 from prepare_data import DatasetPrep, StateMismatch
-from sources import Source, resolve_source
+from sources import CorruptRecord, Source, resolve_source
 from tests.loopback_hub import (
     GATED,
     MISSING,
@@ -426,6 +426,20 @@ def test_resuming_at_90_percent_of_a_parquet_file_reads_less_than_5_percent_of_i
     drawn, _ = work(documents_behind, "org/big", position, 50)
     assert set(drawn) <= set(texts)
     assert sum(sent for _, _, sent in resolved(hub)) < 0.05 * path.stat().st_size
+
+
+def test_a_damaged_parquet_footer_is_named_and_not_taken_for_a_network_that_failed(
+    hub: Hub, work: Work, root: Path
+) -> None:
+    write_card(root / "org/damaged", configs=[{"config_name": "default", "data_files": "*.parquet"}])
+    path = root / "org/damaged/train.parquet"
+    pq.write_table(pa.table({"text": ["a text"] * 100}), path)
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    path.write_bytes(content[:start] + b"\xff" * 20 + content[start + 20 :])
+    with pytest.raises(CorruptRecord, match=r"train\.parquet is not a parquet file, or a truncated one"):
+        work(documents_behind, "org/damaged", None, 1)
+    assert len(resolved(hub)) < 6  # of ten tries, with pauses, some 20
 
 
 # ---- the script -----------------------------------------------------------------------------------------
