@@ -104,7 +104,8 @@ detect_gpus() {
   if [[ ${gpus[0]:-} == "No devices were found"* ]]; then gpus=() && return; fi
   ((status == 0)) || die 2 "nvidia-smi failed with exit code $status (${gpus[0]:-no message}); $remedy"
   for line in ${gpus[@]+"${gpus[@]}"}; do
-    [[ $line =~ ^.+,\ ([0-9]+|\[N/A\])$ ]] || die 2 "nvidia-smi printed '$line' for a GPU; $remedy"
+    # Of a MIG slice a container may not see the memory.
+    [[ $line =~ ^.+,\ ([0-9]+|\[N/A\]|\[Insufficient\ Permissions\])$ ]] || die 2 "nvidia-smi printed '$line' for a GPU; $remedy"
   done
 }
 
@@ -138,9 +139,18 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.versi
     die 2 "this torch is built without CUDA and cannot use the GPU; delete .venv and run ./start.sh with no pip settings (PIP_*, pip.conf) that choose a CPU build"
   elif [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
     say "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES leaves $n_gpus of ${#gpus[@]} GPUs to use"
-    ((n_gpus)) || die 2 "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU of this machine; unset it"
+    ((n_gpus)) || die 2 "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names no GPU of this machine that torch's CUDA $cuda can use; unset it, and if that does not help, update the driver"
   elif ((n_gpus != ${#gpus[@]})); then
-    die 2 "torch sees $n_gpus of ${#gpus[@]} GPUs; the driver is likely too old for torch's CUDA $cuda: update it, or rent a machine whose nvidia-smi shows CUDA $cuda or newer"
+    die 2 "torch sees $n_gpus of ${#gpus[@]} GPUs; the driver is likely too old for torch's CUDA $cuda: update it, rent a machine whose nvidia-smi shows CUDA $cuda or newer, or take a torch for an older CUDA: rm -rf .venv; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 ./start.sh"
+  fi
+}
+
+# NCCL's processes talk through /dev/shm where GPUs cannot read each other's memory; Docker gives it 64 MB.
+check_shared_memory() {
+  local size
+  size=$(df -k --output=size /dev/shm 2>/dev/null | tail -n 1) || return 0
+  if ((n_gpus > 1 && size < 2 ** 20)); then
+    say "warning: /dev/shm has $((size / 1024)) MB, and $n_gpus processes may need more; if the run dies at its first step, start the container with --shm-size=1g or --ipc=host, or set NCCL_SHM_DISABLE=1 (slower)" >&2
   fi
 }
 
@@ -154,6 +164,7 @@ make_plan() {
       train+=(--machine_rank "$machine" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
     fi
     train+=(--mixed_precision no --dynamo_backend no train.py) # precision is train.py's own business
+    check_shared_memory
   elif ((n_gpus == 0)); then
     if [[ ! $preset ]]; then preset=demo && train+=(--preset demo); fi
     sample=("$python" generate.py "$out_dir/${run_name:-$preset}" --prompt "$prompt" --max_tokens 100)
@@ -190,6 +201,7 @@ hold_run() {
   { mkdir -p "$run_dir" && exec 9>>"$lock"; } 2>/dev/null ||
     die 6 "cannot write to $run_dir; free some space, or choose another --train.out_dir"
   until flock -n 9; do
+    (($? == 1)) || die 6 "$run_dir is on a disk that has no locks; choose another --train.out_dir"
     if read -r supervisor code <"$lock" && [[ ! $code ]]; then
       say "Already running (process $supervisor): following it, from its last lines on."
       follow -n 20

@@ -3,14 +3,15 @@
 #
 # A run that died is started again after 10 s, 20 s, ... 10 minutes. This ends, with the run's exit code, when the run is
 # complete (0), was stopped (75, or SIGTERM to this script), was refused (2 to 5: starting it again would not help), or
-# has died 5 times in a row without a new checkpoint. A full disk (6) does not count: somebody may free some space.
+# has died 5 times in a row without a new checkpoint. A full disk (6) does not count: somebody may free some space; nor
+# does waiting in vain for other machines.
 # LOCK, in the run's folder, holds this script's process number, and at the end the exit code behind it.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
 
-lock=$1 run=${1%/*} first_pause=${RESTART_PAUSE:-10} # seconds
+lock=$1 run=${1%/*} first_pause=${RESTART_PAUSE:-10} wait_for_machines=${MACHINES_PAUSE:-600} # seconds
 shift
 stops=0 asked=0 # how often this script was asked to stop, and when
 
@@ -64,11 +65,14 @@ while ((stops == 0)); do
       note "process $(run_processes | paste -s -d ' ' -) is killed and does not end, as one that waits for a broken driver: restart the machine, or rent another; until it ends, the run waits"
     fi
   done
-  before=$(status)
+  before=$(status) started=$SECONDS
   if ((stops)); then break; fi # while it waited; nothing was started
   code=0
   note "starting: $*"
-  run_child stop_run env "SUPERVISED_BY=$lock" "$@" || code=$?
+  # Seconds that a launcher, told to stop by others than stop_run, leaves its processes to save: by itself 30.
+  run_child stop_run env "SUPERVISED_BY=$lock" \
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" "$@" || code=$?
+  waited=$((SECONDS - started))
   check_folder
   # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
   if [[ $(status) != "$before" ]]; then
@@ -90,6 +94,8 @@ while ((stops == 0)); do
   fi
   if ((step > highest)); then
     failures=0 pause=$first_pause
+  elif [[ $(status) == "$before" ]] && ((${NUM_MACHINES:-1} > 1 && waited >= wait_for_machines)); then
+    note "the other machines did not come: waiting on" # launchers wait 15 minutes for them
   elif ((code != 6 && code != 3)); then
     ((++failures))
   fi

@@ -299,6 +299,24 @@ def test_gpus_with_unreported_memory_and_of_two_kinds_are_described_on_one_line(
     assert "Hardware: 1 x NVIDIA GB10 ([N/A] MiB);1 x NVIDIA L4 ([N/A] MiB)\n" in result.stdout
 
 
+def test_a_slice_of_a_gpu_whose_memory_a_container_may_not_see_is_used(repo: Repo) -> None:
+    repo.gpus("NVIDIA A100-SXM4-80GB", memory="[Insufficient Permissions]")
+    result = repo.start("--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "Hardware: 1 x NVIDIA A100-SXM4-80GB ([Insufficient Permissions] MiB)\n" in result.stdout
+
+
+def test_little_shared_memory_for_several_gpus_is_warned_of_with_a_remedy(repo: Repo) -> None:
+    repo.fake("df", "#!/usr/bin/env bash\necho 1K-blocks\necho 65536\n")
+    repo.gpus("NVIDIA L4")
+    assert "shm" not in repo.start("--dry-run").stderr
+    repo.gpus(*["NVIDIA L4"] * 8)
+    result = repo.start("--dry-run")
+    assert result.returncode == 0
+    assert result.stderr.startswith("warning: /dev/shm has 64 MB, and 8 processes may need more;")
+    assert "--shm-size=1g" in result.stderr
+
+
 @pytest.mark.parametrize("script", ["exit 0", "echo No devices were found", "echo No devices were found; exit 6"])
 def test_an_nvidia_smi_without_devices_means_no_gpu(repo: Repo, script: str) -> None:
     repo.fake("nvidia-smi", f"#!/usr/bin/env bash\n{script}\n")
@@ -342,6 +360,18 @@ def test_a_choice_of_gpus_by_cuda_visible_devices_is_kept(repo: Repo) -> None:
     result = repo.start()
     assert "leaves 1 of 8 GPUs" in result.stdout
     assert repo.ran == ["python train.py --resume"]
+    repo.env["FAKE_TORCH"] = "0 13.0"
+    result = repo.start()
+    assert result.returncode == 2
+    assert "names no GPU of this machine that torch's CUDA 13.0 can use; unset it, and if that" in result.stderr
+
+
+def test_a_disk_without_locks_is_refused_and_not_taken_for_another_start(repo: Repo) -> None:
+    repo.gpus("NVIDIA L4")
+    repo.fake("flock", "#!/usr/bin/env bash\nexit 66\n")  # as it ends where the disk has none
+    result = repo.start()
+    assert result.returncode == 6
+    assert "is on a disk that has no locks; choose another --train.out_dir" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -700,6 +730,25 @@ def test_after_five_deaths_without_a_new_checkpoint_it_gives_up(hasty: Repo) -> 
     assert result.returncode == 1
     assert len(hasty.ran) == 6
     assert "the run died 5 times in a row without a new checkpoint, now with exit code 1\n" in result.stdout
+
+
+def test_waiting_in_vain_for_another_machine_is_no_death(hasty: Repo) -> None:
+    machines = {"NUM_MACHINES": "2", "MACHINE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+    hasty.env |= machines | {"MACHINES_PAUSE": "0", "FAKE_ATTEMPTS": "0/-/1 " * 7 + "0/0/0"}
+    result = hasty.start()
+    assert (result.returncode, len(hasty.ran)) == (0, 8), result.stdout
+    assert "the other machines did not come: waiting on" in result.stdout
+
+
+def test_a_launcher_that_others_stop_leaves_its_processes_ten_minutes_to_save(hasty: Repo) -> None:
+    supervise = ["bash", str(hasty.path / "scripts/supervise.sh"), str(hasty.path / "lock")]
+    done = subprocess.run(
+        [*supervise, "bash", "-c", "echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"],
+        env=hasty.env,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "\n600\n" in done.stdout) == (0, True), done.stdout
 
 
 def test_a_full_disk_is_waited_for_with_pauses_up_to_ten_minutes(hasty: Repo) -> None:
