@@ -16,10 +16,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -39,7 +37,6 @@ from tokenizer import Tokenizer
 
 FORMAT = 1
 _REPLACED = f"{PARTIAL}replaced-"
-_STEP_NAME = re.compile(r"step-(\d{8})")
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # in a manifest: never a path
 _MOST_JSON = 2**28  # bytes of a JSON file; a tokenizer of 100,277 entries takes 2 MB
@@ -124,7 +121,6 @@ def save_checkpoint(
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "val_loss": val_loss, "files": files}
         manifest["sha256"] = _digest(manifest)
         write_json(temporary / "manifest.json", manifest)
-        flush(temporary / "manifest.json")
         flush(temporary)
         aside = run_dir / f"{_REPLACED}{final.name}"
         if final.exists():  # a resumed run reached a step that it had saved before
@@ -147,26 +143,6 @@ def _put_replaced_back(run_dir: Path) -> None:
         final = run_dir / aside.name.removeprefix(_REPLACED)
         if not final.exists():
             aside.rename(final)
-
-
-def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:
-    """status.json: how the run stands or ended, for scripts (launchers do not pass exit codes on).
-
-    outcome: running, complete, stopped (resume it) or failed (with the exit code and the error). A run that was killed,
-    or ended by its watchdog, still says running, with the number of a process that is gone.
-    """
-    status = {"outcome": outcome, "step": step, "time": round(time.time(), 3), "process": os.getpid(), **details}
-    write_json(run_dir / "status.json", status)
-
-
-def write_failure(run_dir: Path, message: str, exit_code: int) -> None:
-    """Note in status.json that this process's run failed; nothing if the status is another process's."""
-    try:
-        status = json.loads((run_dir / "status.json").read_text())
-        if status["outcome"] == "running" and status["process"] == os.getpid():
-            write_status(run_dir, "failed", status["step"], exit_code=exit_code, error=message)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the error itself, perhaps of this very disk, is what the person should see
 
 
 def gather_tensors(model: GPT, optimizers: Iterable[torch.optim.Optimizer], keep: bool) -> dict[str, dict[str, Tensor]]:
@@ -223,13 +199,12 @@ def _sha256(path: Path) -> str:
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first, by step (never by a clock). Bytes are not verified here."""
     found = []
-    for path in sorted(run_dir.glob("step-*")):
-        if _STEP_NAME.fullmatch(path.name):
-            try:
-                val_loss = _read_manifest(path).get("val_loss")
-            except DamagedCheckpoint:  # found out again, and said, by whoever wants to use it
-                val_loss = None
-            found.append(Checkpoint(path, int(path.name[5:]), val_loss))
+    for path in sorted(run_dir.glob("step-" + 8 * "[0-9]")):
+        try:
+            val_loss = _read_manifest(path).get("val_loss")
+        except DamagedCheckpoint:  # found out again, and said, by whoever wants to use it
+            val_loss = None
+        found.append(Checkpoint(path, int(path.name[5:]), val_loss))
     return found
 
 

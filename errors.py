@@ -86,8 +86,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-# What torch's allocator and numpy say of arrays that do not fit, and of those that no memory could ever hold.
-_TOO_LARGE = "DefaultCPUAllocator", "Storage size calculation overflowed", "array is too big"
+# What is said of arrays that do not fit, or that no memory could ever hold: by torch's allocator and numpy; and by
+# CUDA, Triton and NCCL ("out of memory") and cuBLAS, which take memory of a GPU beside the allocator.
+_TOO_LARGE = (
+    "DefaultCPUAllocator", "Storage size calculation overflowed", "array is too big", "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.ELOOP,

@@ -85,6 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output and output.exists() and not output.is_file():
         raise ConfigError(f"--output {output} is not a file; name one to write or to replace")
 
+    from tasks import TASKS, VERSION, load_documents
+
+    names = {"all": list(TASKS), "none": []}.get(arguments.tasks, arguments.tasks.split(","))
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"there is no task {name!r}; name some of {','.join(TASKS)}, or all, or none")
+
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -100,12 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runtime import check_launcher
     from sampling import generate_text
     from scoring import Model, OwnModel, answers_of, fingerprint, hub_model, summary
-    from tasks import TASKS, VERSION, load_documents
 
-    names = {"all": list(TASKS), "none": []}.get(arguments.tasks, arguments.tasks.split(","))
-    for name in names:
-        if name not in TASKS:
-            raise ConfigError(f"there is no task {name!r}; name some of {','.join(TASKS)}, or all, or none")
     default, path = arguments.results_of(arguments.checkpoint)
     output = output if arguments.output else default
     other: dict[str, Any] = {}

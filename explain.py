@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT, Attention, Block, rotate
+from model import GPT, Attention
 from sampling import TextStream
 from tokenizer import Tokenizer
 
@@ -83,9 +83,8 @@ def observe(model: GPT, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         n = min(x.size(1), MAP_TOKENS)  # causal: later tokens change nothing for these
         maps.append(attention_map(module, x[:, :n], cos[:n], sin[:n])[0])
 
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
-    hooks = [part.register_forward_pre_hook(keep_stream) for part in (*blocks, model.final_norm)]
-    hooks += [block.attention.register_forward_pre_hook(keep_map) for block in blocks]
+    hooks = [part.register_forward_pre_hook(keep_stream) for part in (*model.blocks, model.final_norm)]
+    hooks += [block.attention.register_forward_pre_hook(keep_map) for block in model.blocks]
     try:
         model(ids)
     finally:
@@ -96,11 +95,9 @@ def observe(model: GPT, ids: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def attention_map(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) of each head for the block's normed input x (B, T, D): (B, H, T, T) fp32."""
-    H, G, K = attention.n_heads, attention.n_kv_heads, attention.head_dim
-    q, k, _ = attention.wqkv(x).view(*x.shape[:2], H + 2 * G, K).split((H, G, G), dim=2)
-    q = rotate(attention.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, T, K)
-    k = rotate(attention.k_norm(k), cos, sin).transpose(1, 2).repeat_interleave(H // G, dim=1)
-    scores = (q @ k.mT).float() * K**-0.5
+    q, k, _ = attention.project(x, cos, sin)
+    k = k.repeat_interleave(attention.n_heads // attention.n_kv_heads, dim=1)
+    scores = (q @ k.mT).float() * attention.head_dim**-0.5
     future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(dim=3)
 

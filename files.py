@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process has to itself."""
+"""Files that are whole or not there, folders that one process has to itself, and how a run stands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,3 +103,23 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def write_status(run_dir: Path, outcome: str, step: int, **details: Any) -> None:
+    """status.json: how the run stands or ended, for scripts (launchers do not pass exit codes on).
+
+    outcome: running, complete, stopped (resume it) or failed (with the exit code and the error). A run that was killed,
+    or ended by its watchdog, still says running, with the number of a process that is gone.
+    """
+    status = {"outcome": outcome, "step": step, "time": round(time.time(), 3), "process": os.getpid(), **details}
+    write_json(run_dir / "status.json", status)
+
+
+def write_failure(run_dir: Path, message: str, exit_code: int) -> None:
+    """Note in status.json that this process's run failed; nothing if the status is another process's."""
+    try:
+        status = json.loads((run_dir / "status.json").read_text())
+        if status["outcome"] == "running" and status["process"] == os.getpid():
+            write_status(run_dir, "failed", status["step"], exit_code=exit_code, error=message)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # the error itself, perhaps of this very disk, is what the person should see

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.temperature == 0 and arguments.num_samples > 1:
         complain(f"--temperature 0 always takes the likeliest token: the {arguments.num_samples} texts will be equal")
 
+    prompt = read_prompt(arguments.prompt)
+
     import torch  # after parsing: --help and mistakes are answered at once
 
     from checkpoint import load_model
@@ -62,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = default_device()
     dtype = best_dtype(device)
     model, tokenizer, config, step = load_model(arguments.checkpoint, device, dtype)
-    prompt = read_prompt(arguments.prompt)
     ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.max_length:
         if arguments.explain:

@@ -26,10 +26,19 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU. Raises ConfigError for a GPU that this torch has no code for."""
+    """CUDA, else Apple's MPS, else the CPU. Raises ConfigError for a GPU that this torch has no code for, or whose
+    driver it cannot use."""
     if torch.cuda.is_available():
         _check_built_for(torch.cuda.get_device_capability())
         return torch.device("cuda")
+    # Of a driver too old for it torch only warns; eight processes would train on the CPU then.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and not hidden and (driver := lines_of("/proc/driver/nvidia/version")):
+        raise ConfigError(
+            f"torch {torch.__version__}, made for CUDA {torch.version.cuda}, cannot use the driver of the GPU here "
+            f"({driver[0]}); update the driver, install a torch for an older CUDA (pip install torch --index-url "
+            f"https://download.pytorch.org/whl/cu126), or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -71,10 +80,11 @@ def choose_precision(device: torch.device, wanted: str) -> str:
     return wanted
 
 
-def allow_tf32(precision: str) -> None:
+def allow_tf32(device: torch.device, precision: str) -> None:
     """Let CUDA round the inputs of fp32 products to TF32, but for fp32 itself. (Beside bf16 and fp16 there are no fp32
     products; but torch's compiler would advise each process to allow it.)"""
-    torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+    if device.type == "cuda":  # a CPU's products would be rounded as well
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -105,6 +115,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        if " MIG " in name:  # a slice, of any size, of the card it is named after
+            return None
         known = [tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)]
         return known[0] * 1e12 / (2 if precision == "tf32" else 1) if known and precision != "fp32" else None
     if device.type != "cpu":

@@ -162,9 +162,10 @@ class _Allocations(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-def usable_memory(device: torch.device) -> int:
-    """SHARE_TO_FILL of the bytes that are free on a device; for a CPU, in the system or in its container."""
-    return int(SHARE_TO_FILL[device.type] * _free_memory(device))
+def usable_memory(device: torch.device, processes: int = 1) -> int:
+    """SHARE_TO_FILL of the bytes that are free on a device; of a CPU, in the system or its container, for each of so
+    many processes."""
+    return int(SHARE_TO_FILL[device.type] * _free_memory(device)) // (processes if device.type == "cpu" else 1)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -224,7 +224,7 @@ class Meter:
         self._waited += waited
 
     def pause(self, every: int, work: Callable[[], T]) -> T:
-        """work(), which comes every so many steps and at the end."""
+        """Run work(), which comes every so many steps and at the end, and note its seconds under its name."""
         started = time.perf_counter()
         result = work()
         self._pauses[work.__name__] = every, time.perf_counter() - started

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +185,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def repeat(self, batch: int) -> None:
-        """Share one row among `batch` rows: the prompt of several samples is read once."""
+        """Copy the one row to `batch` rows: the prompt of several samples is read once."""
         self.keys = self.keys.repeat_interleave(batch, dim=1)
         self.values = self.values.repeat_interleave(batch, dim=1)
 
@@ -211,23 +211,27 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> q (B, H, T, K) and k (B, G, T, K), normed and rotated, and v (B, G, T, K)."""
+        H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
+        q, k, v = self.wqkv(x).view(*x.shape[:2], H + 2 * G, K).split((H, G, G), dim=2)  # (B, T, H or G, K)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, mask: Tensor | None = None
     ) -> Tensor:
         B, T, _ = x.shape
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
-        q, k, v = self.wqkv(x).view(B, T, H + 2 * G, K).split((H, G, G), dim=2)  # (B, T, H or G, K)
-        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, T, K)
-        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, G, T, K)
-        v = v.transpose(1, 2)
+        q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, S, K), S = seen + T
             if cache.seen > 0 and T > 1:  # query t may look at keys up to seen + t
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.seen)
         plain = cache is None and mask is None
         in_blocks = plain and x.device.type == "cpu" and torch.is_grad_enabled() and 1 < T <= 512
-        # Of CUDA's kernels for many queries only flash attention takes shared keys, and no mask; without bf16 there may
-        # be none.
+        # Of CUDA's kernels for many queries only flash attention takes shared keys; it takes no mask, and without bf16
+        # it may be missing.
         if G != H and (in_blocks or (q.is_cuda and T > 1 and (q.dtype != torch.bfloat16 or mask is not None))):
             k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
         if in_blocks:
@@ -274,15 +278,17 @@ class GPT(nn.Module):
     """A GPT of the given shape with freshly initialised weights.
 
     config must be resolved (GPTConfig.resolved): no field left to choose.
-    activation_checkpointing: in training keep only each block's input, and compute the block again for its backward
-    pass (arXiv:1604.06174): a third more products for a fraction of the memory.
+    Set model.activation_checkpointing to keep in training only each block's input, and compute the block again for its
+    backward pass (arXiv:1604.06174): a third more products for a fraction of the memory.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.activation_checkpointing = config, False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # whose own type says only Module
+            Block(config) for _ in range(config.n_layers)
+        )
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
@@ -308,7 +314,6 @@ class GPT(nn.Module):
         """
         c = self.config
         for block in self.blocks:
-            assert isinstance(block, Block)
             bound = math.sqrt(3 / c.d_model)  # a uniform's standard deviation is bound / sqrt(3)
             nn.init.uniform_(block.attention.wqkv.weight, -bound, bound)
             nn.init.uniform_(block.mlp.w_up.weight, -bound, bound)
@@ -383,7 +388,6 @@ class GPT(nn.Module):
         c = self.config
         found: list[tuple[Tensor, tuple[int, ...]]] = []
         for block in self.blocks:
-            assert isinstance(block, Block)
             attention, mlp = block.attention, block.mlp
             found += [
                 (attention.wqkv.weight, (c.head_dim,) * (c.n_heads + 2 * c.n_kv_heads)),

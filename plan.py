@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from config import DATASETS, Config
+from checkpoint import load_model, newest_checkpoint, read_state
+from config import DATASETS, Config, processes
 from errors import ConfigError
 from files import PARTIAL
 from hardware import MEMORY_GB, PEAK_TFLOPS, WITHOUT_BF16, choose_precision, default_device, describe, why_not_compile
@@ -43,6 +45,25 @@ class Speed:
     source: str
 
 
+def main(config: Config, options: Any, run: Callable, argv: Sequence[str]) -> int:
+    """train.py --plan or --check. options: train.py's TrainConfig; run: its train(config); argv: its command line."""
+    tokenizer = None
+    if config.init_from:
+        from runtime import like  # with accelerate: seconds that the scripts which import this need not wait for
+
+        _, tokenizer, parents_config, _ = load_model(config.init_from)
+        config = like(config, parents_config)
+    if options.check:
+        return check(config, [word for word in argv if word != "--check"])
+    world_size = processes()
+    if torch.cuda.is_available():  # or all processes would take memory of the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if config.resume and (newest := newest_checkpoint(config.train.run_dir)):
+        batch_size = 1 if config.train.fit_memory else config.train.batch_size
+        config = config.with_batch_size(batch_size, read_state(newest.path)["rows_per_step"], world_size)
+    return plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, run, tokenizer)
+
+
 def plan(
     config: Config,
     world_size: int,
@@ -50,7 +71,7 @@ def plan(
     mfu: float,
     price_per_hour: float,
     run: Callable,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | None,
 ) -> int:
     """Print parameters, memory, disk, passes over the data, time and price, and warn of what usually goes wrong.
 
@@ -84,7 +105,7 @@ def plan(
     if gpu:  # GB of 10^9 bytes, as the makers': of a T4's 16, CUDA shows 15.7
         usable = int(SHARE_TO_FILL["cuda"] * MEMORY_GB[gpu] * 1e9)
     else:  # before the measured steps, whose memory torch keeps
-        usable = usable_memory(default_device()) // (world_size if default_device().type == "cpu" else 1)
+        usable = usable_memory(default_device(), world_size)
     rows = _rows_at_once(config, usable, world_size)
     memory = training_memory(config, rows, world_size)
     speed = _assumed(gpu, mfu, flops, config, world_size) if gpu else _measured(config, run)
@@ -102,7 +123,7 @@ def plan(
     print(f"model     {counts['total'] / 1e6:,.1f}M parameters, {flops / 1e6:,.1f} MFLOP per token")
     print(f"length    {total_steps:,} steps of {config.tokens_per_step(world_size):,} tokens: {amount(tokens)} "
           f"tokens, {tokens / counts['total']:,.1f} per parameter")  # fmt: skip
-    print(f"lr        {config.with_batch_size(1, config.rows_per_step(world_size)).train.lr:.2g} at its peak")
+    print(f"lr        {c.lr_for(config.tokens_per_step(world_size)):.2g} at its peak")
     known = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
     print(f"data      passes over {known}" if known else "data      how often it is passed over is not known")
     print(f"memory    {memory.total / 2**30:.2f} GB a device at most, with {rows} rows at once, of "
@@ -231,7 +252,7 @@ def check(config: Config, argv: Sequence[str]) -> int:
 
     Returns the exit code of the part that failed, or 0.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if processes() != 1:
         raise ConfigError("--check rehearses one process; run it without the launcher: python train.py --check")
     device, c = default_device(), config.train
     _tick("device", f"{describe(device)} | {choose_precision(device, c.precision)}")

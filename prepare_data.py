@@ -6,7 +6,8 @@ The idea: the data is divided into `n_streams` logical streams, whatever the num
 a deterministic pipeline whose position is a few integers:
 
     DocumentStream  one source's documents of one stream: shuffled, held-out ones left out
-    PackedStream    the sources of one stream: tokenized, packed without padding, mixed row by row
+    PackedSource    those documents as rows: tokenized, packed without padding
+    PackedStream    the sources of one stream, taking turns row by row
     DatasetPrep     a process's streams, read ahead by a thread
 
 Process r of W reads the streams r, r + W, r + 2W, ...; so the global batch is the same at any W that divides
@@ -265,18 +266,14 @@ class DatasetPrep:
     def _next_batch(self) -> Batch | None:
         rows = np.zeros((self._rows_per_stream * len(self._streams), self._length + 1), dtype=np.int64)
         sources = np.zeros(len(rows), dtype=np.int64)
-        n_targets, unfilled = 0, []
-        order = itertools.product(range(self._rows_per_stream), self._streams.values())
-        for i, (_, stream) in enumerate(order):
+        counts = np.zeros(len(rows), dtype=np.int64)  # of each row's targets
+        for i, stream in enumerate([*self._streams.values()] * self._rows_per_stream):
             sources[i], n = stream.next_row(rows[i])
-            n_targets += max(0, n - 1)
-            if n < rows.shape[1]:
-                unfilled.append((i, n))
+            counts[i] = max(0, n - 1)
         inputs, targets = rows[:, :-1], rows[:, 1:]  # views of the same ids
-        if unfilled:
-            targets = targets.copy()
-            for i, n in unfilled:
-                targets[i, max(0, n - 1) :] = IGNORED
+        if counts.min() < self._length:  # a last epoch ends here
+            targets = np.where(np.arange(self._length) < counts[:, None], targets, IGNORED)
+        n_targets = int(counts.sum())
         return Batch(inputs, targets, n_targets, sources) if n_targets else None
 
     def close(self) -> None:

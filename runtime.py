@@ -29,7 +29,7 @@ from accelerate.utils import (
 )
 
 from checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_checkpoint
-from config import PRESETS, Config, TrainingConfig
+from config import PRESETS, Config, TrainingConfig, processes
 from errors import ConfigError, explain
 from files import write_json
 from hardware import AUTOCAST_DTYPES
@@ -37,11 +37,15 @@ from metrics import Score, read_metrics, rows_to_score, score_rows, without_nan
 from model import GPT
 from prepare_data import Batch, DatasetPrep, passes_over, too_often
 
+SECONDS_TO_SEE = 90  # a checkpoint that another machine wrote: NFS keeps what it knows of a folder for up to 60
+
 
 def check_launcher() -> None:
-    """Raises ConfigError where the environment tells of other processes that no launcher started."""
-    n_processes = os.environ.get("WORLD_SIZE", "1")
-    if n_processes != "1" and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+    """Raises ConfigError where the environment tells of other processes that no launcher started. Before accelerate."""
+    if processes() == 1:  # accelerate demands these of cards of the RTX 40 series with an old driver, NCCL or not
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
+    if (n_processes := processes()) > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise ConfigError(
             f"WORLD_SIZE is {n_processes} in the environment, but RANK and MASTER_ADDR, which a launcher sets as well, "
             f"are not; unset it, or start with torchrun or accelerate launch"
@@ -127,13 +131,17 @@ def newest_for_all(accelerator: Accelerator, run_dir: Path) -> Checkpoint | None
     accelerator.wait_for_everyone()
     newest = newest_checkpoint(run_dir)
     (step,) = broadcast_object_list([newest.step if newest else None])
-    found = next((c for c in list_checkpoints(run_dir) if c.step == step), None)
-    if step is not None and found is None:
-        raise CheckpointError(
-            f"process {accelerator.process_index} does not see the checkpoint of step {step} in {run_dir}; all "
-            f"machines need the same --train.out_dir, on a disk that they share"
-        )
-    return found
+    until = time.monotonic() + SECONDS_TO_SEE
+    while step is not None:
+        if found := next((c for c in list_checkpoints(run_dir) if c.step == step), None):
+            return found
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"process {accelerator.process_index} does not see the checkpoint of step {step} in {run_dir}; all "
+                f"machines need the same --train.out_dir, on a disk that they share"
+            )
+        time.sleep(1)
+    return None
 
 
 def runs_out_of_memory(
@@ -254,7 +262,8 @@ def validation_scores(
     for name, rows in held_out.items():
         share = rows[accelerator.process_index :: accelerator.num_processes]
         if len(share) % batch_size == 0 and len(share) * accelerator.num_processes < len(rows):
-            # The first process has one row more, in one batch more. Under FSDP they go through the model together.
+            # Others have a batch more. Under FSDP a forward pass gathers weights from all processes, so this one joins
+            # with a row that is not counted.
             score_rows(model, rows[:1], token_byte_length, batch_size)
         scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size)]))
     scores["all"] = Score.concatenate(list(scores.values()))

@@ -118,7 +118,7 @@ def generate_ids(
 
     prompt: ids, at least one. The prompt is read once and shared by the samples. The same seed gives the same
     ids on the same device. use_cache=False recomputes everything for each token: the reference for the cache.
-    decode: gives the logits of one more token, if not a decode_step with the weights as they are.
+    decode: the step for one more token; without it decode_step(model, config.num_samples).
     """
     decode = decode or decode_step(model, config.num_samples)
     c, device = model.config, model.device

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import math
-import os
 import signal
 import statistics
 import sys
@@ -21,6 +20,7 @@ from typing import Any, Self
 
 from config import Config, load_config
 from errors import ConfigError, complain, drop, exit_code_of, explain
+from files import check_lock, write_failure, write_json, write_status
 
 STOPPED = 75  # exit code: a signal came, everything is saved, run again with --resume
 
@@ -40,6 +40,8 @@ class TrainConfig(Config):
             raise ConfigError(f"price_per_hour is {self.price_per_hour}; use 0 or a positive number")
         if (self.gpu or self.price_per_hour) and not self.plan:
             raise ConfigError("gpu and price_per_hour are for --plan; add it, or leave them out")
+        if self.plan and self.check:
+            raise ConfigError("plan and check are two things; do one after the other")
         if bool(self.mfu) != bool(self.gpu):
             raise ConfigError("gpu and mfu go together, such as --gpu H100 --mfu 0.4; give both, or neither")
         return super().validate(world_size)
@@ -52,35 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan or options.check:
         import plan
 
-        tokenizer = None
-        if config.init_from:
-            from checkpoint import load_model
-            from runtime import like
-
-            _, tokenizer, parents_config, _ = load_model(config.init_from)
-            config = like(config, parents_config)
-        if options.check:
-            return plan.check(config, [word for word in (sys.argv[1:] if argv is None else argv) if word != "--check"])
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if config.resume:  # its rows per step are those of the saved run
-            from checkpoint import newest_checkpoint, read_state
-
-            if newest := newest_checkpoint(config.train.run_dir):
-                batch_size = 1 if config.train.fit_memory else config.train.batch_size
-                config = config.with_batch_size(batch_size, read_state(newest.path)["rows_per_step"], world_size)
-        return plan.plan(config, world_size, options.gpu, options.mfu, options.price_per_hour, train, tokenizer)
+        return plan.main(config, options, train, sys.argv[1:] if argv is None else argv)
     for number in (signal.SIGTERM, signal.SIGHUP):  # until the loop knows better
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return train(config)
     except BaseException as error:
-        if checkpoint := sys.modules.get("checkpoint"):  # importing it now would hide an interrupt of its import
-            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
-            interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-            message, code = explain(error) or ("interrupted" if interrupted else repr(error), code)
-            with contextlib.suppress(AttributeError):  # half imported
-                checkpoint.write_failure(config.train.run_dir, message, code)
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        message, code = explain(error) or ("interrupted" if interrupted else repr(error), code)
+        write_failure(config.train.run_dir, message, code)
         raise
 
 
@@ -103,10 +87,8 @@ def train(config: Config) -> int:
         read_config,
         read_state,
         save_checkpoint,
-        write_status,
     )
     from decoding import decode_step
-    from files import check_lock, write_json
     from hardware import (
         allow_tf32,
         choose_precision,
@@ -138,13 +120,13 @@ def train(config: Config) -> int:
     from sampling import NonFiniteError, by_module, generate_text
 
     # ---- where we are -------------------------------------------------------------------
-    c = config.train
-    precision = choose_precision(default_device(), c.precision)
-    allow_tf32(precision)
+    given = config.train
+    precision = choose_precision(default_device(), given.precision)
+    allow_tf32(default_device(), precision)
     on_cpu = default_device().type == "cpu"  # then processes talk through gloo
     if on_cpu:
         give_back_freed_memory()
-    accelerator = start_processes(c, precision, on_cpu)
+    accelerator = start_processes(given, precision, on_cpu)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
     progress = tqdm(disable=not (is_main and sys.stderr.isatty()), unit="step", leave=False)
@@ -173,13 +155,13 @@ def train(config: Config) -> int:
             complain(line)
     newest = newest_for_all(accelerator, run_dir)
     state = read_state(newest.path) if newest else None
-    if state and 0 < c.max_steps < state["step"]:
+    if state and 0 < given.max_steps < state["step"]:
         own = f"--train.max_steps {state['total_steps']}"
         if state["epochs"]:
             own = f"--train.max_steps 0 --train.epochs {state['epochs']}"
         raise ConfigError(
             f"{run_dir} is at step {state['step']} of {state['total_steps']} already, beyond train.max_steps "
-            f"{c.max_steps}; repeat the options of the run: {own}"
+            f"{given.max_steps}; repeat the options of the run: {own}"
         )
     saved_tokenizer = load_tokenizer(newest.path) if newest else None
     if config.init_from:  # only now it is known whether the run has weights of its own
@@ -190,16 +172,23 @@ def train(config: Config) -> int:
             config = like(config, parents_config)
         config.validate(world_size)
     rows_per_step = state["rows_per_step"] if state else config.rows_per_step(world_size)
-    batch_size = c.batch_size
-    if c.fit_memory:
+    batch_size = given.batch_size
+    if given.fit_memory:
         config.with_batch_size(1, rows_per_step, world_size).check_layout(world_size)
-        usable = usable_memory(device) // (world_size if on_cpu else 1)
+        usable = usable_memory(device, world_size)
         fitting = fitting_batch_size(config, rows_per_step // world_size, usable, world_size)
         batch_size = int(accelerator.gather(torch.tensor([fitting], device=device)).min())
         say(f"memory    {usable / 2**30:.1f} GB to use: {batch_size} rows of {config.model.max_length} tokens at once")
     config = config.with_batch_size(batch_size, rows_per_step, world_size)
-    given, c, tokens_per_step = c, config.train, config.tokens_per_step(world_size)
     config.check_layout(world_size)
+    c, tokens_per_step = config.train, config.tokens_per_step(world_size)  # c: as it runs here; lr may differ as well
+    if newest and state:
+        check_same_run(newest.path, config)
+        if c.max_steps == state["step"]:
+            say(f"{run_dir} is complete at step {c.max_steps}; nothing to do. Raise --train.max_steps to train on")
+            if is_main:
+                write_status(run_dir, "complete", c.max_steps, exit_code=0)
+            return 0
 
     # ---- data, model, optimizer -----------------------------------------------------------
     say(f"device    {world_size} x {describe(device)} | {precision}")
@@ -224,8 +213,7 @@ def train(config: Config) -> int:
     optimizers = build_optimizers(model, c)
 
     # `model` is what is saved, validated and sampled; `trained` is what the step calls: the same, or DDP's wrapper.
-    compiled = c.compile and why_not_compile(device) is None
-    if compiled:
+    if not (why_eager := why_not_compile(device) if c.compile else "off"):
         compile_for_training(model, device)
     trained, *_ = accelerator.prepare(model, *optimizers)
 
@@ -233,18 +221,16 @@ def train(config: Config) -> int:
     recent_losses: deque[float] = deque(maxlen=100)
     undone: Counter[int] = Counter()  # spikes, by the step of the checkpoint that they led back to
     first_data_step = 0  # where the documents began: not at 0 if --restart_data changed them
-    finished = state is not None and c.max_steps == state["step"]
     if newest and state:
-        check_same_run(newest.path, config)
         load_training_state(newest.path, model, optimizers)
         step, tokens_seen, seconds_trained = state["step"], state["tokens_seen"], state["seconds_trained"]
         recent_losses.extend(state["recent_losses"])
         undone.update({int(key): n for key, n in state["undone"].items()})
-        if config.restart_data and not finished and data.changed_since(state["data"]):
+        if config.restart_data and data.changed_since(state["data"]):
             first_data_step = step
             all_of_them = "" if c.max_steps else f", for all {c.epochs} epochs"
             say(f"data      changed since step {step}: its documents begin anew{all_of_them}")
-        elif not finished:  # or no document is read any more
+        else:
             data.load_state_dict(state["data"])
             first_data_step = state["first_data_step"]
             if not c.max_steps and state["epochs"] == c.epochs:
@@ -261,7 +247,7 @@ def train(config: Config) -> int:
         f"model     {n_parameters / 1e6:.1f}M parameters, {model.config.n_layers} layers x {model.config.d_model}, "
         f"context {model.config.max_length}, vocabulary {tokenizer.n_vocab}"
     )
-    say(f"compile   {'on: the first step waits for it' if compiled else why_not_compile(device) or 'off'}")
+    say(f"compile   {why_eager or 'on: the first step waits for it'}")
     shares = zip(config.data.current_datasets, config.data.dataset_probabilities, strict=True)
     asked = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     say(f"data      {asked} | tokenizer {tokenizer.name}")
@@ -280,11 +266,6 @@ def train(config: Config) -> int:
         was, now = (c.lr * lr_factor_at(step, n, warmup_steps, c) for n in (state["total_steps"], total_steps))
         before = f"before of {state['total_steps']:,}"
         say(f"schedule  of {total_steps:,} steps, {before}: from lr {was:.1e} to {now:.1e} at once")
-    if finished:
-        say(f"{run_dir} is complete at step {step}; nothing to do. Raise --train.max_steps to train on")
-        if is_main:
-            write_status(run_dir, "complete", step, exit_code=0)
-        return 0
     stop_signal = StopSignal()
     first_step = saved_step = step
     started = last_save = time.perf_counter()
@@ -387,16 +368,15 @@ def train(config: Config) -> int:
         watch()
         step_started = time.perf_counter()
         waited = data.seconds_waited
-        batch = next(data, None)  # None: this process's documents are used up; others may still have some
+        batch = next(data, None) or data.empty_batch()  # its documents are used up; other processes' may not be
         save_is_due = c.save_minutes > 0 and step_started - last_save > 60 * c.save_minutes
-        sums: list[Any] = [batch.n_targets if batch else 0, stop_signal.received, save_is_due]
+        sums: list[Any] = [batch.n_targets, stop_signal.received, save_is_due]
         if world_size > 1:  # one process need not wait for its GPU, still busy with the step before
             sums = accelerator.reduce(torch.tensor(sums, device=device), "sum").tolist()
         n_targets, stop, save_is_due = sums
         if stop or n_targets == 0:
             outcome = "stopped" if stop else "complete"
             break
-        batch = batch or data.empty_batch()
 
         factor = lr_factor_at(step, total_steps, warmup_steps, c)
         set_learning_rates(optimizers, factor)
@@ -410,15 +390,17 @@ def train(config: Config) -> int:
             # The processes exchange gradients at the last one; under FSDP at each, or every device would hold all.
             exchange = i == len(micro_batches) - 1 or c.fsdp
             with contextlib.nullcontext() if exchange else accelerator.no_sync(trained):
-                micro_nats = trained(x, y)
+                with accelerator.autocast():  # under FSDP accelerate does not wrap it
+                    micro_nats = trained(x, y)
                 accelerator.backward(micro_nats * (world_size / n_targets))
             nats += micro_nats.detach()
 
-        # Both are under way before this process waits for its GPU.
+        # Both are launched before .item() waits for the GPU.
         nats, norm = accelerator.reduce(nats, "sum"), accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
         loss, grad_norm = nats.item() / n_targets, float(norm)
         # fp16's scaled loss gives infinite gradients as a matter of course: then the scale is halved and all optimizers
-        # leave the step out. (accelerate's own step would take the scale out of the second one's gradients twice.)
+        # leave the step out; infinite with a scale below 1 they are broken. (accelerate's own step would take the scale
+        # out of the second one's gradients twice.)
         finite, scaler = math.isfinite(grad_norm), accelerator.scaler
         broken = not math.isfinite(loss) or not (finite or (scaler and scaler.get_scale() >= 1))
         usual_loss = statistics.median(recent_losses) if len(recent_losses) >= 10 else math.inf
@@ -467,7 +449,8 @@ def train(config: Config) -> int:
         for optimizer in optimizers:
             if finite:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            # DDP's are parts of the buckets that it sends: without them it would keep both, and copy.
+            optimizer.zero_grad(set_to_none=world_size == 1 or c.fsdp)
         if scaler:
             scaler.update()
 

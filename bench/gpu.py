@@ -105,7 +105,7 @@ class Box:
             raise ConfigError("bench/gpu.py measures GPUs, and torch finds none here; --rehearse tries it on a CPU")
         self.precision = choose_precision(self.device, "auto")
         self.dtype = AUTOCAST_DTYPES.get(self.precision, torch.float32)
-        allow_tf32(self.precision)
+        allow_tf32(self.device, self.precision)
         self.cards = 1 if rehearse else torch.cuda.device_count()
         self.name = "rehearsal" if rehearse else torch.cuda.get_device_name()
         self.peak = None if rehearse else peak_flops(self.device, self.precision)

@@ -8,14 +8,13 @@ WORLD_SIZE=8 in the environment plans for eight devices.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import RUNS_OPTIONS, Config, load_config
+from config import RUNS_OPTIONS, Config, load_config, processes
 from errors import exit_code_of
 
 WIDTH, HEIGHT = 64, 8  # characters of the picture
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from optim import build_optimizers, lr_factor_at
     from plan import run_length
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = processes()
     given = config
     config = given.with_batch_size(given.train.batch_size, given.rows_per_step(world_size), world_size)
     total_steps, per_epoch = run_length(config, world_size)
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = c.batch_size * accumulation * world_size
         per_step = rows * config.model.max_length
         if rows % config.data.n_streams == 0:
-            rate = f"{given.with_batch_size(c.batch_size, rows, world_size).train.lr:>10.1e}" if muon else ""
+            rate = f"{given.train.lr_for(per_step):>10.1e}" if muon else ""
             mark = "  <- yours" if accumulation == c.gradient_accumulation_steps else ""
             steps, warm = math.ceil(tokens / per_step), math.ceil(c.warmup_tokens / per_step)
             print(f"{accumulation:>13}{rows:>11,}{per_step:>13,}{steps:>10,}{warm:>9,}{rate}{mark}")

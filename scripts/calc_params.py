@@ -9,7 +9,6 @@ Nothing is trained or downloaded: the model is built without memory for its weig
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from any folder
 
-from config import RUNS_OPTIONS, Config, GPTConfig, load_config
+from config import RUNS_OPTIONS, Config, GPTConfig, load_config, processes
 from errors import exit_code_of
 
 WIDTHS = (256, 384, 512, 768, 1024, 1280, 1536, 2048)  # the ladder of the table: 64 of width per layer and head
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"memory to train (weights, gradients and optimizer state in fp32; activations in {activations}):")
     if not in_16_bits and config.train.precision == "auto":
         print("  (as this machine computes, without bf16; --train.precision bf16 counts as on a GPU)")
-    devices = int(os.environ.get("WORLD_SIZE", "1"))  # checked by load_config; start.sh sets it
+    devices = processes()  # start.sh says how many
     memory = training_memory(config, config.train.batch_size, devices)
     parts = {
         "weights": memory.weights, "gradients": memory.gradients,
@@ -106,7 +105,7 @@ def most_checkpoints_of(config: Config) -> int:
 
     steps = config.train.max_steps
     if config.train.keep_every and not steps:  # by epochs, whose length depends on the data
-        steps, _ = run_length(config, int(os.environ.get("WORLD_SIZE", "1")))
+        steps, _ = run_length(config, processes())
     return most_checkpoints(config, steps)
 
 

@@ -251,6 +251,13 @@ def test_a_warm_up_that_just_fits_is_accepted():
     refusal({"train.max_steps": 10, "train.warmup_tokens": 9 * tokens_per_step + 1})
 
 
+def test_a_run_that_goes_on_keeps_its_rows_so_its_warm_up_is_not_judged_by_fewer_devices():
+    options = ["--preset", "gpt2", "--train.max_steps", "300"]  # on 8 devices: 39 steps of warm-up, on one 306
+    with pytest.raises(ConfigError, match="306 steps, and the whole run has 300"):
+        load_config(options, "", Config)
+    load_config([*options, "--resume"], "", Config)
+
+
 def test_a_preset_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"there is no preset 'demmo'; did you mean demo\?"):
         load_config(["--preset", "demmo"], "", Config)
@@ -316,6 +323,9 @@ def test_settings_that_are_wrong_in_all_processes_are_said_once(
         (PermissionError(13, "Permission denied", "out.json"), 6, "out.json: Permission denied"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "smaller batch_size"),
         (MemoryError(), 2, "out of memory"),
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), 2, "smaller batch_size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "context or"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 2, "smaller batch_size"),
     ],
 )
 def test_a_full_disk_and_a_full_memory_are_one_line(
@@ -644,7 +654,19 @@ MAY_IMPORT = {  # of our own modules; those that are not listed here may import 
     "pages": {"files"},
     "explain": {"model", "sampling", "tokenizer"},
     "runtime": {"checkpoint", "config", "errors", "files", "hardware", "metrics", "model", "prepare_data"},
-    "plan": {"config", "errors", "files", "hardware", "memory", "metrics", "model", "prepare_data", "tokenizer"},
+    "plan": {
+        "checkpoint",
+        "config",
+        "errors",
+        "files",
+        "hardware",
+        "memory",
+        "metrics",
+        "model",
+        "prepare_data",
+        "runtime",
+        "tokenizer",
+    },
     "tasks": {"hub"},
     "scoring": {"checkpoint", "errors", "hub", "metrics", "model", "sampling", "tasks", "tokenizer"},
 }

@@ -562,12 +562,31 @@ def test_formats_of_gpus_are_refused_on_a_cpu(wanted: str):
 
 @pytest.mark.parametrize(("precision", "setting"), [("bf16", "tf32"), ("tf32", "tf32"), ("fp32", "ieee")])
 def test_fp32_products_are_rounded_unless_fp32_itself_is_asked_for(precision: str, setting: str):
-    before = torch.backends.cuda.matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     try:
-        allow_tf32(precision)
+        allow_tf32(torch.device("cpu"), precision)
+        assert torch.get_float32_matmul_precision() == before
+        allow_tf32(CUDA, precision)
         assert torch.backends.cuda.matmul.fp32_precision == setting
+        assert torch.backends.cuda.matmul.allow_tf32 == (setting == "tf32")  # what max-autotune asks
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_driver_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    version = ["NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01"]
+    monkeypatch.setattr("hardware.lines_of", lambda path: version if path == "/proc/driver/nvidia/version" else [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ConfigError, match=r"for CUDA 13.0, cannot use .*535.*cu126.*CUDA_VISIBLE_DEVICES="):
+        default_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert default_device().type == "cpu"
+
+
+def test_a_slice_of_a_card_has_no_known_peak(monkeypatch: pytest.MonkeyPatch):
+    set_capability(monkeypatch, (8, 0), "NVIDIA A100-SXM4-40GB MIG 1g.5gb")
+    assert peak_flops(CUDA, "bf16") is None
 
 
 def test_the_peak_in_tf32_is_half_of_that_in_bf16(monkeypatch: pytest.MonkeyPatch):
