@@ -207,7 +207,7 @@ class TrainingConfig:
     max_steps: int = 0  # end the run after this many optimizer steps, repeating datasets as needed; 0: by epochs
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the block matrices, AdamW for the rest
     lr: float = 0.02  # peak rate of block matrices; if given, in any batch; adamw: of all weights (6e-4 to 4e-3)
-    lr_tokens_per_step: int = 131_072  # the batch that lr, not given, is for; n > 1 times it: lr x n^(1/4) (muon)
+    lr_tokens_per_step: int = 131_072  # that lr is for, unless given; n > 1 times these take lr x n^(1/4) (muon); 0: lr
     embedding_lr: float = 0.3  # peak rate of an untied embedding at d_model 768, scaled by sqrt(768/d_model); muon only
     head_lr: float = 0.008  # peak rate of the output head and the norms at d_model 768, scaled likewise; muon only
     weight_decay: float = 0.1  # decoupled decay of the block matrices, per unit of learning rate
@@ -478,6 +478,18 @@ PRESETS: dict[str, Config] = {
 }
 
 
+# What nanoGPT, nanochat and transformers call some settings. (Of slips of the pen tyro tells the nearest.)
+OTHER_NAMES = {
+    "max_iters": "--train.max_steps", "num_iterations": "--train.max_steps", "learning_rate": "--train.lr",
+    "block_size": "--model.max_length", "max_seq_len": "--model.max_length", "n_embd": "--model.d_model",
+    "n_layer": "--model.n_layers", "depth": "--model.n_layers", "n_head": "--model.n_heads",
+    "device_batch_size": "--train.batch_size", "total_batch_size": "--train.gradient_accumulation_steps",
+    "warmup_iters": "--train.warmup_tokens", "warmup_steps": "--train.warmup_tokens",
+    "grad_clip": "--train.max_grad_norm", "eval_interval": "--train.eval_every", "dtype": "--train.precision",
+    "dataset": "--data.current_datasets", "wandb_log": "--train.trackers wandb", "presets": "--preset",
+    "device": "CUDA_VISIBLE_DEVICES (empty: the CPU)", "dropout": "left out; see --train.weight_decay",
+}  # fmt: skip
+
 # For the help of scripts that train nothing: start.sh and people repeat a run's options there as they are.
 RUNS_OPTIONS = "\n\nOptions are a run's; --resume, --restart_data and --init_from do nothing here."
 
@@ -507,6 +519,10 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")
     description += f"\n\n--preset NAME starts from one of: {', '.join(PRESETS)} (shown here: {preset})"
+    for word in arguments:
+        name = word.partition("=")[0].replace("-", "_").rpartition(".")[2].strip("_")
+        if word.startswith("--") and name in OTHER_NAMES:
+            raise ConfigError(f"there is no {word.partition('=')[0]}; here it is {OTHER_NAMES[name]}")
     default = kind(**vars(copy.deepcopy(PRESETS[preset])))
     config = parse_arguments(kind, arguments, default=default, description=description)
     return config.validate(processes())
@@ -515,7 +531,7 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
 def processes() -> int:
     """How many processes this one is of, by the environment that launchers set. Raises ConfigError."""
     found = os.environ.get("WORLD_SIZE", "1")
-    _require(found.isdigit() and found != "0", f"WORLD_SIZE is {found!r} in the environment; unset it")
+    _require(re.fullmatch(r"[1-9][0-9]*", found) is not None, f"WORLD_SIZE is {found!r} in the environment; unset it")
     return int(found)
 
 

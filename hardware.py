@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from errors import ConfigError
 
+_GPUS = Path("/dev/nvidiactl")  # by which programs reach NVIDIA's driver
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,13 +32,15 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         _check_built_for(torch.cuda.get_device_capability())
         return torch.device("cuda")
-    # Of a driver too old for it torch only warns; eight processes would train on the CPU then.
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda and not hidden and (driver := lines_of("/proc/driver/nvidia/version")):
+    # Of a driver too old for it torch only warns, and eight processes would train on the CPU. (A container without
+    # a GPU sees the driver in /proc, too; and CUDA_VISIBLE_DEVICES may name none: empty, -1, NoDevFiles.)
+    visible = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    driver = lines_of("/proc/driver/nvidia/version")
+    if torch.version.cuda and driver and visible and _GPUS.exists():
         raise ConfigError(
             f"torch {torch.__version__}, made for CUDA {torch.version.cuda}, cannot use the driver of the GPU here "
-            f"({driver[0]}); update the driver, install a torch for an older CUDA (pip install torch --index-url "
-            f"https://download.pytorch.org/whl/cu126), or hide the GPU with CUDA_VISIBLE_DEVICES="
+            f"({driver[0]}); update the driver, install a torch for an older CUDA (pip install --force-reinstall torch "
+            f"--index-url https://download.pytorch.org/whl/cu126), or hide the GPU with CUDA_VISIBLE_DEVICES="
         )
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
@@ -56,7 +59,7 @@ def _check_built_for(capability: tuple[int, int]) -> None:
         raise ConfigError(
             f"torch {torch.__version__} has no code for {describe(torch.device('cuda'))} (sm_{capability[0]}"
             f"{capability[1]}), but for {' '.join(torch.cuda.get_arch_list())}; install another build of it (for cards "
-            f"older than Turing: pip install torch --index-url https://download.pytorch.org/whl/cu126)"
+            f"older than Turing: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126)"
         )
 
 

@@ -41,8 +41,11 @@ SECONDS_TO_SEE = 90  # a checkpoint that another machine wrote: NFS keeps what i
 
 
 def check_launcher() -> None:
-    """Raises ConfigError where the environment tells of other processes that no launcher started. Before accelerate."""
-    if processes() == 1:  # accelerate demands these of cards of the RTX 40 series with an old driver, NCCL or not
+    """Raises ConfigError where the environment tells of other processes that no launcher started.
+
+    For one process, sets two variables of NCCL's that accelerate, started after this, may demand.
+    """
+    if processes() == 1:  # on cards of the RTX 40 series with an old driver, and though NCCL is not used
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     if (n_processes := processes()) > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():

@@ -148,8 +148,8 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.versi
 # NCCL's processes talk through /dev/shm where GPUs cannot read each other's memory; Docker gives it 64 MB.
 check_shared_memory() {
   local size
-  size=$(df -k --output=size /dev/shm 2>/dev/null | tail -n 1) || return 0
-  if ((n_gpus > 1 && size < 2 ** 20)); then
+  size=$(df -k --output=size /dev/shm 2>/dev/null | tail -n 1 | tr -d ' ') || return 0
+  if [[ $size =~ ^[0-9]+$ ]] && ((n_gpus > 1 && size < 2 ** 20)); then
     say "warning: /dev/shm has $((size / 1024)) MB, and $n_gpus processes may need more; if the run dies at its first step, start the container with --shm-size=1g or --ipc=host, or set NCCL_SHM_DISABLE=1 (slower)" >&2
   fi
 }

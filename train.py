@@ -39,7 +39,7 @@ class TrainConfig(Config):
         if not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"price_per_hour is {self.price_per_hour}; use 0 or a positive number")
         if (self.gpu or self.price_per_hour) and not self.plan:
-            raise ConfigError("gpu and price_per_hour are for --plan; add it, or leave them out")
+            raise ConfigError("gpu, mfu and price_per_hour are for --plan; add it, or leave them out")
         if self.plan and self.check:
             raise ConfigError("plan and check are two things; do one after the other")
         if bool(self.mfu) != bool(self.gpu):
@@ -181,6 +181,8 @@ def train(config: Config) -> int:
         say(f"memory    {usable / 2**30:.1f} GB to use: {batch_size} rows of {config.model.max_length} tokens at once")
     config = config.with_batch_size(batch_size, rows_per_step, world_size)
     config.check_layout(world_size)
+    if config.train.max_steps:
+        config.check_length(config.train.max_steps, world_size)
     c, tokens_per_step = config.train, config.tokens_per_step(world_size)  # c: as it runs here; lr may differ as well
     if newest and state:
         check_same_run(newest.path, config)
@@ -449,7 +451,7 @@ def train(config: Config) -> int:
         for optimizer in optimizers:
             if finite:
                 optimizer.step()
-            # DDP's are parts of the buckets that it sends: without them it would keep both, and copy.
+            # DDP keeps them as parts of the buckets that it sends; set to None, they would be made anew, and copied.
             optimizer.zero_grad(set_to_none=world_size == 1 or c.fsdp)
         if scaler:
             scaler.update()

@@ -69,9 +69,10 @@ while ((stops == 0)); do
   if ((stops)); then break; fi # while it waited; nothing was started
   code=0
   note "starting: $*"
-  # Seconds that a launcher, told to stop by others than stop_run, leaves its processes to save: by itself 30.
+  # Seconds that a launcher, told to stop by others than stop_run, leaves its processes to save: by itself 30. (It waits
+  # as long, twice, for one that cannot be killed.)
   run_child stop_run env "SUPERVISED_BY=$lock" \
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" "$@" || code=$?
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}" "$@" || code=$?
   waited=$((SECONDS - started))
   check_folder
   # Launchers end with 1 whatever the code of their processes; and a process that is saved and done may still be killed.
@@ -94,8 +95,10 @@ while ((stops == 0)); do
   fi
   if ((step > highest)); then
     failures=0 pause=$first_pause
-  elif [[ $(status) == "$before" ]] && ((${NUM_MACHINES:-1} > 1 && waited >= wait_for_machines)); then
-    note "the other machines did not come: waiting on" # launchers wait 15 minutes for them
+  elif [[ $(status) == "$before" ]] &&
+    ((${NUM_MACHINES:-1} > 1 && waited >= wait_for_machines && waited < 3 * wait_for_machines)); then
+    # Launchers wait 15 minutes for them; for NCCL, which cannot connect, processes wait an hour.
+    note "no step was done in $waited s, as when the other machines do not come: waiting on"
   elif ((code != 6 && code != 3)); then
     ((++failures))
   fi

@@ -25,6 +25,7 @@ import pytest
 import config as config_module
 from config import (
     DATASETS,
+    OTHER_NAMES,
     PRESETS,
     Config,
     DataConfig,
@@ -251,11 +252,39 @@ def test_a_warm_up_that_just_fits_is_accepted():
     refusal({"train.max_steps": 10, "train.warmup_tokens": 9 * tokens_per_step + 1})
 
 
+@pytest.mark.parametrize("value", ["0", "00", "-1", "x", "²", ""])
+def test_an_impossible_world_size_is_refused(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is .* in the environment; unset it"):
+        load_config([], "", Config)
+
+
 def test_a_run_that_goes_on_keeps_its_rows_so_its_warm_up_is_not_judged_by_fewer_devices():
     options = ["--preset", "gpt2", "--train.max_steps", "300"]  # on 8 devices: 39 steps of warm-up, on one 306
     with pytest.raises(ConfigError, match="306 steps, and the whole run has 300"):
         load_config(options, "", Config)
     load_config([*options, "--resume"], "", Config)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--max_iters", "10"], "there is no --max_iters; here it is --train.max_steps"),
+        (["--train.learning-rate=1e-3"], "there is no --train.learning-rate; here it is --train.lr"),
+        (["--model.n_embd", "384"], "here it is --model.d_model"),
+        (["--presets", "demo"], "here it is --preset"),
+        (["--model.dropout", "0.1"], "here it is left out; see --train.weight_decay"),
+    ],
+)
+def test_who_comes_from_another_trainer_is_told_our_name_of_a_setting(options: list[str], told: str):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config(options, "", Config)
+
+
+def test_names_of_other_trainers_are_none_of_ours_and_lead_to_ours():
+    ours = {f"--{name}" for name, _, _ in fields()} | {"--preset"}
+    assert not OTHER_NAMES.keys() & {name.rpartition(".")[2] for name in ours}
+    assert {there.split()[0] for there in OTHER_NAMES.values() if there.startswith("--")} <= ours
 
 
 def test_a_preset_is_refused_by_name():

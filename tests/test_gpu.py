@@ -578,10 +578,16 @@ def test_a_driver_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeyp
     monkeypatch.setattr("hardware.lines_of", lambda path: version if path == "/proc/driver/nvidia/version" else [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(ConfigError, match=r"for CUDA 13.0, cannot use .*535.*cu126.*CUDA_VISIBLE_DEVICES="):
-        default_device()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert default_device().type == "cpu"
+    assert default_device().type == "cpu"  # a container to which no GPU was given
+    monkeypatch.setattr("hardware._GPUS", Path("/dev/null"))
+    for visible in (None, "0", "GPU-5ebe9f43"):
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ConfigError, match=r"for CUDA 13.0, cannot use .*535.*cu126.*CUDA_VISIBLE_DEVICES="):
+            default_device()
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert default_device().type == "cpu"
 
 
 def test_a_slice_of_a_card_has_no_known_peak(monkeypatch: pytest.MonkeyPatch):

@@ -368,7 +368,7 @@ def test_a_choice_of_gpus_by_cuda_visible_devices_is_kept(repo: Repo) -> None:
 
 def test_a_disk_without_locks_is_refused_and_not_taken_for_another_start(repo: Repo) -> None:
     repo.gpus("NVIDIA L4")
-    repo.fake("flock", "#!/usr/bin/env bash\nexit 66\n")  # as it ends where the disk has none
+    repo.fake("flock", "#!/usr/bin/env bash\nexit 71\n")  # as it ends where the disk has none
     result = repo.start()
     assert result.returncode == 6
     assert "is on a disk that has no locks; choose another --train.out_dir" in result.stderr
@@ -734,13 +734,20 @@ def test_after_five_deaths_without_a_new_checkpoint_it_gives_up(hasty: Repo) -> 
 
 def test_waiting_in_vain_for_another_machine_is_no_death(hasty: Repo) -> None:
     machines = {"NUM_MACHINES": "2", "MACHINE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
-    hasty.env |= machines | {"MACHINES_PAUSE": "0", "FAKE_ATTEMPTS": "0/-/1 " * 7 + "0/0/0"}
+    hasty.env |= machines | {"FAKE_ATTEMPTS": "0/-/1 " * 7 + "0/0/0"}
+    result = hasty.start()  # it dies at once: not of waiting
+    assert (result.returncode, len(hasty.ran)) == (1, 5), result.stdout
+    shutil.rmtree(hasty.path / "checkpoints")
+    Path(hasty.env["FAKE_LOG"]).unlink()
+    accelerate = (hasty.tools / "accelerate").read_text()
+    hasty.fake("accelerate", accelerate.replace("\n", "\nread -t 1.1 -u 3 3<><(:) || true\n", 1))  # waits
+    hasty.env["MACHINES_PAUSE"] = "1"
     result = hasty.start()
     assert (result.returncode, len(hasty.ran)) == (0, 8), result.stdout
-    assert "the other machines did not come: waiting on" in result.stdout
+    assert "as when the other machines do not come: waiting on" in result.stdout
 
 
-def test_a_launcher_that_others_stop_leaves_its_processes_ten_minutes_to_save(hasty: Repo) -> None:
+def test_a_launcher_that_others_stop_leaves_its_processes_three_minutes_to_save(hasty: Repo) -> None:
     supervise = ["bash", str(hasty.path / "scripts/supervise.sh"), str(hasty.path / "lock")]
     done = subprocess.run(
         [*supervise, "bash", "-c", "echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"],
@@ -748,7 +755,7 @@ def test_a_launcher_that_others_stop_leaves_its_processes_ten_minutes_to_save(ha
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, "\n600\n" in done.stdout) == (0, True), done.stdout
+    assert (done.returncode, "\n180\n" in done.stdout) == (0, True), done.stdout
 
 
 def test_a_full_disk_is_waited_for_with_pauses_up_to_ten_minutes(hasty: Repo) -> None:

@@ -15,12 +15,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from checkpoint import DiskError, _remove_old, open_run
+from checkpoint import Checkpoint, CheckpointError, DiskError, _remove_old, open_run
 from errors import explain
 from metrics import MetricsFile, read_metrics
+from runtime import newest_for_all
 from tests.test_train import ROOT, Runs, seal_again, weights
 
 
@@ -95,6 +98,22 @@ def test_a_disk_that_has_no_locks_is_not_taken_for_a_run_that_goes_on(
         DiskError, match=r"cannot write to .*run \(No locks available\); choose another --train.out_dir"
     ):
         open_run(tmp_path / "run")
+
+
+def test_a_checkpoint_that_a_shared_disk_shows_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "step-00000005"
+    accelerator: Any = SimpleNamespace(wait_for_everyone=lambda: None, process_index=1)
+    monkeypatch.setattr("runtime.newest_checkpoint", lambda _: Checkpoint(folder, 5, None))  # as the first process sees
+    monkeypatch.setattr("runtime.SECONDS_TO_SEE", 0)
+    with pytest.raises(CheckpointError, match="process 1 does not see the checkpoint of step 5"):
+        newest_for_all(accelerator, tmp_path)
+    monkeypatch.setattr("runtime.SECONDS_TO_SEE", 60)
+    monkeypatch.setattr("time.sleep", lambda _: folder.mkdir())
+    found = newest_for_all(accelerator, tmp_path)
+    assert found is not None
+    assert (found.step, found.path) == (5, folder)
 
 
 def test_metrics_that_cannot_be_written_name_their_file_and_leave_whole_lines(tmp_path: Path) -> None:
