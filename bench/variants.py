@@ -51,7 +51,7 @@ def after_init(change: Callable[[GPT], None]) -> None:
 
 
 def blocks_of(gpt: GPT) -> list[Block]:
-    return [block for block in gpt.blocks if isinstance(block, Block)]
+    return [*gpt.blocks]
 
 
 # ---- initial values -----------------------------------------------------------------------------
