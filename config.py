@@ -92,7 +92,7 @@ class DataConfig:
     val_tokens: int = 200_000  # validate on at most this many held-out tokens of each dataset
     n_streams: int = 16  # independent document streams; the number of processes must divide it
     cache_dir: str = "~/.cache/basicgpt"  # trained tokenizers and held-out sets are kept here
-    seed: int = 1337  # order of the documents
+    seed: int = 1337  # order of the documents in training
 
     def validate(self) -> None:
         for name in self.current_datasets:

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
-    from metrics import Score, diversity, read_results, rows_to_score, score_rows, without_nan
+    from metrics import Score, diversity, document_numbers, read_results, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from runtime import check_launcher
     from sampling import generate_text
@@ -185,10 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
         n = rows_to_score(arguments.batch_size, length, model.config.vocab_size)
         scores: dict[str, Score] = {}
-        for name, rows in data.validation_rows().items():
-            batches = [rows[i : i + n] for i in range(0, len(rows), n)]
+        held_out = data.validation_rows()
+        numbers = document_numbers(held_out, tokenizer.eot_id)
+        for name, rows in held_out.items():
+            batches = [(rows[i : i + n], numbers[name][i : i + n]) for i in range(0, len(rows), n)]
             with autocast():
-                of_batches = divided(lambda batch: score_rows(model, batch, byte_length, n), batches)
+                of_batches = divided(lambda batch: score_rows(model, batch[0], byte_length, n, batch[1]), batches)
             scores[name] = Score.concatenate(of_batches)
         if len(scores) > 1:
             scores["all"] = Score.concatenate(list(scores.values()))

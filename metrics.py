@@ -29,8 +29,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over held-out rows of one dataset, each (rows,): enough for means and their standard errors."""
+    """Sums over tokens of the same document in a batch, each (parts,): enough for means and their standard errors."""
 
+    document: np.ndarray  # its number, that of all its parts
     nats: np.ndarray  # summed cross-entropy
     tokens: np.ndarray  # predicted tokens
     bytes: np.ndarray  # bytes of text that these tokens stand for
@@ -42,24 +43,30 @@ class Score:
         return Score(*(np.concatenate([getattr(s, f) for s in scores]) for f in Score.__dataclass_fields__))
 
     def summary(self) -> dict[str, float]:
-        """Means over all tokens with their standard errors (name + "_se").
+        """Means over all tokens with their standard errors (name + "_se"), which are of documents: the tokens of one
+        are no independent sample.
 
         loss: nats per token; bits_per_byte: nats / ln 2 per byte of text, comparable across tokenizers.
         """
-        loss, loss_se = ratio(self.nats, self.tokens)
-        bits, bits_se = ratio(self.nats / math.log(2), self.bytes)
-        top1, top1_se = ratio(self.top1, self.tokens)
-        top5, top5_se = ratio(self.top5, self.tokens)
+        _, which = np.unique(self.document, return_inverse=True)
+        nats, tokens, n_bytes, top1s, top5s = (
+            np.bincount(which, values) for values in (self.nats, self.tokens, self.bytes, self.top1, self.top5)
+        )
+        loss, loss_se = ratio(nats, tokens)
+        bits, bits_se = ratio(nats / math.log(2), n_bytes)
+        top1, top1_se = ratio(top1s, tokens)
+        top5, top5_se = ratio(top5s, tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {
             "loss": loss, "loss_se": loss_se, "perplexity": perplexity, "perplexity_se": perplexity * loss_se,
             "bits_per_byte": bits, "bits_per_byte_se": bits_se, "top1": top1, "top1_se": top1_se,
             "top5": top5, "top5_se": top5_se, "tokens": int(self.tokens.sum()), "bytes": int(self.bytes.sum()),
+            "documents": len(tokens),
         }  # fmt: skip
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """sum / sum over independent rows, and its standard error (the delta method; NaN for a single row)."""
+    """sum / sum over independent documents, and its standard error (the delta method; NaN for a single one)."""
     n, total = len(numerator), denominator.sum()
     value = numerator.sum() / total
     if n < 2:
@@ -102,26 +109,43 @@ def rows_to_score(batch_size: int, length: int, n_vocab: int) -> int:
     return min(batch_size, max(1, 2**27 // (length * n_vocab)))
 
 
+def document_numbers(held_out: dict[str, np.ndarray], eot_id: int) -> dict[str, np.ndarray]:
+    """Of each dataset's packed rows (N, T+1) the number, counted through all, of each target's document: (N, T)."""
+    numbers, first = {}, 0
+    for name, rows in held_out.items():
+        begins = rows[:, :-1] == eot_id  # a document's own end-of-text is the input before its first token
+        numbers[name] = first + np.cumsum(begins).reshape(begins.shape)
+        first = int(numbers[name][-1, -1]) + 1
+    return numbers
+
+
 @torch.inference_mode()
 def score_rows(
-    model: Callable[[Tensor], Tensor], rows: np.ndarray, token_byte_length: Tensor, batch_size: int
+    model: Callable[[Tensor], Tensor],
+    rows: np.ndarray,
+    token_byte_length: Tensor,
+    batch_size: int,
+    documents: np.ndarray | None = None,
 ) -> Score:
     """Score each token of packed rows (N, T+1), given those before it in its row.
 
-    model: ids (B, T) -> logits (B, T, V). token_byte_length (n_vocab,) on the model's device.
+    model: ids (B, T) -> logits (B, T, V). token_byte_length (n_vocab,) on the model's device. documents (N, T): the
+    number of each target's; None: each row is one.
     """
-    sums = []
+    if documents is None:
+        documents = np.broadcast_to(np.arange(len(rows))[:, None], rows[:, 1:].shape)
+    parts = []
     for start in range(0, len(rows), batch_size):
         batch = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(token_byte_length.device)
         targets = batch[:, 1:]  # (B, T)
         logits = model(batch[:, :-1])  # (B, T, V)
         best = logits.topk(min(5, logits.size(2)), dim=2).indices == targets[..., None]  # (B, T, 5); of ties some
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
-        tokens = torch.full_like(targets, targets.size(1))[:, 0]
-        first, among = best[:, :, 0], best.any(dim=2)
-        counts = torch.stack((tokens, token_byte_length[targets].sum(1), first.sum(1), among.sum(1)), dim=1)
-        sums.append(torch.cat((nats.cpu().double().sum(1, keepdim=True), counts.cpu()), dim=1))  # MPS has no float64
-    return Score(*(torch.cat(sums).numpy().T if sums else np.zeros((5, 0))))
+        values = nats, torch.ones_like(nats), token_byte_length[targets], best[:, :, 0], best.any(dim=2)
+        document, which = np.unique(documents[start : start + batch_size], return_inverse=True)
+        # The sums are float64, which MPS does not have.
+        parts.append([document, *(np.bincount(which.ravel(), v.cpu().numpy().ravel()) for v in values)])
+    return Score(*(np.concatenate(sums) for sums in zip(*parts, strict=True)) if parts else np.zeros((6, 0)))
 
 
 def without_nan(value: Any) -> Any:

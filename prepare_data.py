@@ -44,12 +44,22 @@ from errors import ConfigError, exit_code_of
 from files import whole_file, write_json
 from hub import DataError, reader
 from shards import write_shards
-from sources import Document, EmptyStream, Source, Tokenized, digest, read_shard_settings, resolve_source
+from sources import (
+    Document,
+    EmptyStream,
+    Source,
+    Tokenized,
+    digest,
+    document_hash,
+    read_shard_settings,
+    resolve_source,
+)
 from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
 STATE_FORMAT = 3
 _BPE_BYTES = 20_000_000  # of text that a tokenizer is trained on, at most
+_LOOKED_THROUGH = 2**27  # bytes: all of a dataset up to this large is looked through for its held-out rows
 
 
 class StateMismatch(DataError):
@@ -354,32 +364,37 @@ class DatasetPrep:
     def validation_rows(self) -> dict[str, np.ndarray]:
         """Held-out rows (N, T+1) uint32 of each source, memory-mapped: made once and kept in data.cache_dir.
 
-        The same for every process and every run with these data settings. Raises EmptyStream when there are
-        too few held-out documents to fill a row.
+        Of its held-out documents those with the lowest hashes, in that order, each different text once: the same for
+        every process, every data.seed, and for texts and shards. Of a large dataset they are chosen among the first
+        that give data.val_tokens. Raises EmptyStream when there is too little held-out text to fill a row.
         """
         return {source.name: self._validation_rows_of(source) for source in self.sources}
 
     def _validation_rows_of(self, source: Source) -> np.ndarray:
         c = self.config
         key = [source.identity, self.tokenizer.fingerprint, self._length, c.val_fraction, c.val_tokens, c.max_samples]
-        path = self._cached("heldout", [*key, c.seed], ".npy")
+        path = self._cached("heldout", ["lowest hashes", *key], ".npy")
         rows_on_disk = _read_rows(path, self.tokenizer.n_vocab)
         if rows_on_disk is None:
-            documents = DocumentStream(source, c, stream=0, n_streams=1, epochs=1, held_out=True)
-            packed = PackedSource(documents, self.tokenizer, self._length)
-            rows: list[np.ndarray] = []
-            while len(rows) < max(1, c.val_tokens // self._length):
-                row = np.empty(self._length + 1, dtype=np.uint32)
-                if (n := packed.next_row(row)) < len(row):
+            n_rows = max(1, c.val_tokens // self._length)
+            found: dict[int, np.ndarray] = {}  # ids by the text's hash
+            n_ids = 0
+            for document in DocumentStream(source, _in_one_order(c), stream=0, n_streams=1, epochs=1, held_out=True):
+                if (its_hash := document_hash(document)) not in found:
+                    found[its_hash] = encode(document, self.tokenizer)
+                    n_ids += len(found[its_hash])
+                if n_ids > n_rows * self._length and sum(source.sizes) > _LOOKED_THROUGH:
                     break
-                rows.append(row)
-            if not rows:
+            ids = np.concatenate([found[its_hash] for its_hash in sorted(found)])
+            n_rows = min(n_rows, (len(ids) - 1) // self._length)
+            if not n_rows:
                 raise EmptyStream(
                     f"{source.name} has too little held-out text to fill a row of {self._length} tokens; "
-                    f"raise --data.val_fraction, or use --model.max_length {max(1, n - 1)}"
+                    f"raise --data.val_fraction, or use --model.max_length {max(1, len(ids) - 1)}"
                 )
+            rows = np.stack([ids[i * self._length : (i + 1) * self._length + 1] for i in range(n_rows)])
             with whole_file(path) as file:
-                np.save(file, np.stack(rows))
+                np.save(file, rows.astype(np.uint32))
             rows_on_disk = np.load(path, mmap_mode="r")
         return rows_on_disk
 
@@ -408,7 +423,7 @@ class DatasetPrep:
         if c.tokenizer != "bpe":
             return load_tiktoken(c.tokenizer, c.cache_dir)
         identities = [source.identity for source in self.sources]
-        key = [identities, c.dataset_probabilities, c.bpe_vocab_size, c.val_fraction, c.seed, c.max_samples]
+        key = [identities, c.dataset_probabilities, c.bpe_vocab_size, c.val_fraction, c.max_samples]
         path = self._cached("bpe", key, ".json")
         cached = _read_tokenizer(path)
         if cached is None:
@@ -419,7 +434,7 @@ class DatasetPrep:
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training documents of each source, as much of each as its probability says."""
         for source, probability in zip(self.sources, self.config.dataset_probabilities, strict=True):
-            documents = DocumentStream(source, self.config, stream=0, n_streams=1, epochs=1)
+            documents = DocumentStream(source, _in_one_order(self.config), stream=0, n_streams=1, epochs=1)
             n_bytes = 0
             while n_bytes < probability * _BPE_BYTES and (text := documents.draw()) is not None:
                 assert isinstance(text, str)
@@ -475,6 +490,11 @@ class DatasetPrep:
 
     def _cached(self, kind: str, key: list[Any], suffix: str) -> Path:
         return Path(self.config.cache_dir).expanduser() / f"{kind}-{digest(*key)[:16]}{suffix}"
+
+
+def _in_one_order(config: DataConfig) -> DataConfig:
+    """For what is to be the same in runs of every seed: the tokenizer, and which rows are held out."""
+    return dataclasses.replace(config, seed=DataConfig.seed)
 
 
 def planned_tokens(name: str, config: DataConfig, documents: int, tokens_per_document: float) -> int:

@@ -33,7 +33,7 @@ from config import PRESETS, Config, TrainingConfig, processes
 from errors import ConfigError, explain
 from files import write_json
 from hardware import AUTOCAST_DTYPES
-from metrics import Score, read_metrics, rows_to_score, score_rows, without_nan
+from metrics import Score, document_numbers, read_metrics, rows_to_score, score_rows, without_nan
 from model import GPT
 from prepare_data import Batch, DatasetPrep, passes_over, too_often
 
@@ -256,19 +256,21 @@ def validation_scores(
     accelerator: Accelerator,
     model: GPT,
     held_out: dict[str, np.ndarray],
+    eot_id: int,
     token_byte_length: torch.Tensor,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
     """Score.summary of each dataset's held-out rows, and of "all" together. The processes share the rows."""
-    scores = {}
+    scores, documents = {}, document_numbers(held_out, eot_id)
     batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
     for name, rows in held_out.items():
-        share = rows[accelerator.process_index :: accelerator.num_processes]
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        share, its = rows[mine], documents[name][mine]
         if len(share) % batch_size == 0 and len(share) * accelerator.num_processes < len(rows):
             # Others have a batch more. Under FSDP a forward pass gathers weights from all processes, so this one joins
             # with a row that is not counted.
             score_rows(model, rows[:1], token_byte_length, batch_size)
-        scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size)]))
+        scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size, its)]))
     scores["all"] = Score.concatenate(list(scores.values()))
     return {name: score.summary() for name, score in scores.items()}
 

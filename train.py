@@ -306,7 +306,9 @@ def train(config: Config) -> int:
     def validate() -> float:
         """Mean held-out loss over all datasets; logs each dataset's and what is written after each prompt."""
         with accelerator.autocast():
-            scores = validation_scores(accelerator, model, held_out, token_byte_length, config.eval.batch_size)
+            scores = validation_scores(
+                accelerator, model, held_out, tokenizer.eot_id, token_byte_length, config.eval.batch_size
+            )
         for name, s in scores.items() if len(held_out) > 1 else [*scores.items()][:1]:
             say(
                 f"  held out {name:<12} loss {s['loss']:.4f} +- {s['loss_se']:.4f} | bits/byte "

@@ -882,6 +882,60 @@ def test_there_are_at_most_val_tokens_of_held_out_text(tmp_path: Path) -> None:
             assert len(data.validation_rows()["LOCAL"]) == n_rows
 
 
+def test_rows_of_every_seed_are_of_the_held_out_documents_with_the_lowest_hashes_each_text_once(
+    tmp_path: Path, mixed_files: tuple[list[Path], list[str]]
+) -> None:
+    files, texts = mixed_files
+    held_out = {t for t in texts if t and is_held_out(t, 0.2)}
+    first = "".join(f"\0{text}" for text in sorted(held_out, key=document_hash))
+    again = write_jsonl(tmp_path / "again.jsonl", texts[:50])
+    for seed, val_tokens, more in ((1, 8 * T, []), (2, 8 * T, []), (1, 10**6, []), (1, 10**6, [again])):
+        with opened(config_of(tmp_path, *files, *more, seed=seed, val_tokens=val_tokens)) as data:
+            rows = data.validation_rows()["LOCAL"]
+        ids = np.concatenate([rows[:, :-1].ravel(), rows[-1, -1:]]).tolist()
+        read = "".join(f"\0{text}" for text in split_documents(ids))
+        assert first.startswith(read)
+        assert len(rows) == 8 if val_tokens == 8 * T else len(first) - len(read) <= T
+
+
+def test_of_a_large_dataset_only_the_beginning_is_read_for_its_held_out_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 3000))
+    read: list[int] = []
+
+    class Counted(DocumentStream):
+        def _read_chunk(self, file: int, chunk: int) -> Any:
+            read.append(chunk)
+            return super()._read_chunk(file, chunk)
+
+    monkeypatch.setattr(prepare_data, "DocumentStream", Counted)
+    chunks, rows = [], []
+    for i, (limit, seed) in enumerate(((10**9, 1), (0, 1), (0, 2))):
+        monkeypatch.setattr(prepare_data, "_LOOKED_THROUGH", limit)
+        read.clear()
+        config = config_of(tmp_path, path, val_tokens=4 * T, cache_dir=str(tmp_path / str(i)), seed=seed)
+        with opened(config) as data:
+            rows.append(data.validation_rows()["LOCAL"].tolist())
+        chunks.append(max(read))
+    assert chunks[0] > 4
+    assert max(chunks[1:]) <= 1
+    assert len(rows[0]) == 4
+    assert rows[0] != rows[1] == rows[2]
+
+
+def test_the_trained_tokenizer_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 300))
+    fingerprints = set()
+    for seed in (1, 2):
+        config = config_of(
+            tmp_path, path, seed=seed, tokenizer="bpe", bpe_vocab_size=300, cache_dir=str(tmp_path / f"{seed}")
+        )
+        with opened(config, tokenizer=None) as data:
+            fingerprints.add(data.tokenizer.fingerprint)
+    assert len(fingerprints) == 1
+
+
 # ---- mistakes, each told in one line ------------------------------------------------------------
 
 

@@ -1,13 +1,73 @@
-"""The table of evals.py, and its own options. (test_train.py runs it on a trained model.)"""
+"""Held-out scores, the table of evals.py, and its own options. (test_train.py runs it on a trained model.)"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import evals
 from errors import exit_code_of
+from metrics import Score, document_numbers, score_rows
+
+EOT = 0
+
+
+def test_standard_errors_are_of_documents_however_they_lie_in_rows_and_batches() -> None:
+    draw = np.random.default_rng(0)
+    T, V, lengths = 16, 9, draw.integers(1, 60, 200)
+    ids = np.concatenate([[EOT, *draw.integers(1, V, n)] for n in lengths])
+    rows = np.stack([ids[i : i + T + 1] for i in range(0, len(ids) - T, T)])
+    held_out = {"A": rows[:70], "B": rows[70:]}
+    numbers = document_numbers(held_out, EOT)
+    targets, owners = rows[:, 1:], np.concatenate([*numbers.values()])
+    hardness = draw.normal(size=owners.max() + 1)[owners]  # of a document, in all its tokens
+    logits_of = {  # of each row's inputs (T,): (T, V)
+        row[:-1].tobytes(): F.one_hot(torch.from_numpy(row[1:]), V) * torch.from_numpy(hard)[:, None]
+        for row, hard in zip(rows, hardness, strict=True)
+    }
+
+    def model(ids: Tensor) -> Tensor:
+        return torch.stack([logits_of[row.tobytes()] for row in ids.numpy()])
+
+    nats = np.log(np.exp(hardness) + V - 1) - hardness
+    each = [(nats[own].sum(), own.sum(), targets[own].sum()) for d in np.unique(owners) for own in [owners == d]]
+    nats_of, tokens_of, bytes_of = np.array(each).T
+    loss = nats_of.sum() / tokens_of.sum()
+    n = len(each)
+    error = math.sqrt(n / (n - 1) * np.square(nats_of - loss * tokens_of).sum()) / tokens_of.sum()
+
+    byte_lengths = torch.arange(V)
+    for batch_size, n_processes in ((1, 1), (5, 1), (4, 3)):
+        parts = [
+            score_rows(model, its[r::n_processes], byte_lengths, batch_size, numbers[name][r::n_processes])
+            for name, its in held_out.items()
+            for r in range(n_processes)
+        ]
+        summary = Score.concatenate(parts).summary()
+        assert summary["loss"] == pytest.approx(loss, rel=1e-6)
+        assert summary["loss_se"] == pytest.approx(error, rel=1e-5)
+        assert summary["bits_per_byte"] == pytest.approx(nats_of.sum() / math.log(2) / bytes_of.sum(), rel=1e-6)
+        assert (summary["tokens"], summary["bytes"]) == (targets.size, targets.sum())
+        assert summary["documents"] == n > 150
+    of_rows = score_rows(model, rows, byte_lengths, 8).summary()
+    assert of_rows["loss"] == pytest.approx(loss, rel=1e-6)
+    assert of_rows["loss_se"] < 0.8 * error  # rows of one document are no independent sample
+
+
+def test_a_single_document_has_no_standard_error() -> None:
+    rows = np.array([[EOT, 3, 4], [4, 5, 6]])
+    numbers = document_numbers({"A": rows}, EOT)["A"]
+    summary = score_rows(
+        lambda ids: torch.zeros(*ids.shape, 9), rows, torch.ones(9, dtype=torch.int64), 1, numbers
+    ).summary()
+    assert summary["loss"] == pytest.approx(math.log(9))
+    assert math.isnan(summary["loss_se"])
+    assert summary["documents"] == 1
 
 
 def test_the_table_fits_100_columns_and_shows_what_is_unknown_as_a_dash() -> None:

@@ -173,6 +173,16 @@ def test_validation_rows_are_of_held_out_documents_only(made: Made) -> None:
     assert len(seen) >= len(held_out) - 1
 
 
+def test_validation_rows_of_text_and_of_its_shards_are_the_same(made: Made) -> None:
+    for val_tokens in (320, 10**6):
+        found = []
+        for config in (made.text, made.shards):
+            with opened(dataclasses.replace(config, val_tokens=val_tokens), tokenizer=None) as data:
+                found.append(np.array(data.validation_rows()["LOCAL"]))
+        assert len(found[0]) > 5
+        assert np.array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "dtype", "eot"), [("gpt2", np.uint16, 50_256), ("cl100k_base", np.uint32, 100_257)]
 )
