@@ -102,7 +102,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
-    from metrics import Score, diversity, document_numbers, read_results, rows_to_score, score_rows, without_nan
+    from metrics import (
+        Score,
+        diversity,
+        document_numbers,
+        means_and_errors,
+        read_results,
+        rows_to_score,
+        score_rows,
+        without_nan,
+    )
     from prepare_data import DatasetPrep
     from runtime import check_launcher
     from sampling import generate_text
@@ -192,9 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with autocast():
                 of_batches = divided(lambda batch: score_rows(model, batch[0], byte_length, n, batch[1]), batches)
             scores[name] = Score.concatenate(of_batches)
+        results["held_out"] = {name: means_and_errors([score]) for name, score in scores.items()}
         if len(scores) > 1:
-            scores["all"] = Score.concatenate(list(scores.values()))
-        results["held_out"] = {name: score.summary() for name, score in scores.items()}
+            results["held_out"]["all"] = means_and_errors([*scores.values()])
         say("\n" + table(results["held_out"], *HELD_OUT))
     if path:
         settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)

@@ -42,37 +42,46 @@ class Score:
     def concatenate(scores: list[Score]) -> Score:
         return Score(*(np.concatenate([getattr(s, f) for s in scores]) for f in Score.__dataclass_fields__))
 
-    def summary(self) -> dict[str, float]:
-        """Means over all tokens with their standard errors (name + "_se"), which are of documents: the tokens of one
-        are no independent sample.
-
-        loss: nats per token; bits_per_byte: nats / ln 2 per byte of text, comparable across tokenizers.
-        """
-        _, which = np.unique(self.document, return_inverse=True)
-        nats, tokens, n_bytes, top1s, top5s = (
-            np.bincount(which, values) for values in (self.nats, self.tokens, self.bytes, self.top1, self.top5)
-        )
-        loss, loss_se = ratio(nats, tokens)
-        bits, bits_se = ratio(nats / math.log(2), n_bytes)
-        top1, top1_se = ratio(top1s, tokens)
-        top5, top5_se = ratio(top5s, tokens)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {
-            "loss": loss, "loss_se": loss_se, "perplexity": perplexity, "perplexity_se": perplexity * loss_se,
-            "bits_per_byte": bits, "bits_per_byte_se": bits_se, "top1": top1, "top1_se": top1_se,
-            "top5": top5, "top5_se": top5_se, "tokens": int(self.tokens.sum()), "bytes": int(self.bytes.sum()),
-            "documents": len(tokens),
-        }  # fmt: skip
+    def of_documents(self) -> Score:
+        """The same with one part for each document."""
+        document, which = np.unique(self.document, return_inverse=True)
+        sums = (np.bincount(which, getattr(self, f)) for f in Score.__dataclass_fields__ if f != "document")
+        return Score(document, *sums)
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """sum / sum over independent documents, and its standard error (the delta method; NaN for a single one)."""
-    n, total = len(numerator), denominator.sum()
-    value = numerator.sum() / total
-    if n < 2:
-        return float(value), math.nan
-    residuals = numerator - value * denominator
-    return float(value), float(math.sqrt(n / (n - 1) * np.square(residuals).sum()) / total)
+def means_and_errors(datasets: Sequence[Score]) -> dict[str, float]:
+    """Means over all tokens of these datasets, with their standard errors (name + "_se"), which are of documents: the
+    tokens of one document are no independent sample.
+
+    loss: nats per token; bits_per_byte: nats / ln 2 per byte of text, comparable across tokenizers.
+    """
+    scores = [score.of_documents() for score in datasets]
+    tokens = [s.tokens for s in scores]
+    loss, loss_se = ratio([s.nats for s in scores], tokens)
+    bits, bits_se = ratio([s.nats / math.log(2) for s in scores], [s.bytes for s in scores])
+    top1, top1_se = ratio([s.top1 for s in scores], tokens)
+    top5, top5_se = ratio([s.top5 for s in scores], tokens)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {
+        "loss": loss, "loss_se": loss_se, "perplexity": perplexity, "perplexity_se": perplexity * loss_se,
+        "bits_per_byte": bits, "bits_per_byte_se": bits_se, "top1": top1, "top1_se": top1_se, "top5": top5,
+        "top5_se": top5_se, "documents": sum(map(len, tokens)), "tokens": int(sum(n.sum() for n in tokens)),
+        "bytes": int(sum(s.bytes.sum() for s in scores)),
+    }  # fmt: skip
+
+
+def ratio(numerators: Sequence[np.ndarray], denominators: Sequence[np.ndarray]) -> tuple[float, float]:
+    """sum / sum over independent documents of each dataset, and its standard error.
+
+    By the delta method, of documents drawn from each dataset (Cochran, Sampling Techniques, 1977, chapter 6): how
+    the datasets differ is no error. NaN where one has a single document.
+    """
+    total, variance = sum(d.sum() for d in denominators), 0.0
+    for numerator, denominator in zip(numerators, denominators, strict=True):
+        n = len(numerator)
+        residuals = numerator - numerator.sum() / denominator.sum() * denominator
+        variance += n / (n - 1) * np.square(residuals).sum() if n > 1 else math.nan
+    return float(sum(x.sum() for x in numerators) / total), math.sqrt(variance) / float(total)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from config import PRESETS, Config, TrainingConfig, processes
 from errors import ConfigError, explain
 from files import write_json
 from hardware import AUTOCAST_DTYPES
-from metrics import Score, document_numbers, read_metrics, rows_to_score, score_rows, without_nan
+from metrics import Score, document_numbers, means_and_errors, read_metrics, rows_to_score, score_rows, without_nan
 from model import GPT
 from prepare_data import Batch, DatasetPrep, passes_over, too_often
 
@@ -260,7 +260,7 @@ def validation_scores(
     token_byte_length: torch.Tensor,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """Score.summary of each dataset's held-out rows, and of "all" together. The processes share the rows."""
+    """means_and_errors of each dataset's held-out rows, and of "all" together. The processes share the rows."""
     scores, documents = {}, document_numbers(held_out, eot_id)
     batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
     for name, rows in held_out.items():
@@ -271,8 +271,9 @@ def validation_scores(
             # with a row that is not counted.
             score_rows(model, rows[:1], token_byte_length, batch_size)
         scores[name] = Score.concatenate(gather_object([score_rows(model, share, token_byte_length, batch_size, its)]))
-    scores["all"] = Score.concatenate(list(scores.values()))
-    return {name: score.summary() for name, score in scores.items()}
+    return {name: means_and_errors([score]) for name, score in scores.items()} | {
+        "all": means_and_errors([*scores.values()])
+    }
 
 
 class StopSignal:

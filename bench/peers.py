@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metrics import Score, score_rows
+from metrics import means_and_errors, score_rows
 from prepare_data import DatasetPrep
 
 
@@ -47,8 +47,9 @@ def held_out_bits(logits_of: Callable[[Tensor], Tensor], data: DatasetPrep) -> f
     """Bits per byte over all datasets of a model that is not ours: ids (B, T) -> logits (B, T, V)."""
     byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
     held_out = data.validation_rows().values()
-    scores = [score_rows(logits_of, np.asarray(rows), byte_length, 16) for rows in held_out]
-    return Score.concatenate(scores).summary()["bits_per_byte"]
+    return means_and_errors([score_rows(logits_of, np.asarray(rows), byte_length, 16) for rows in held_out])[
+        "bits_per_byte"
+    ]
 
 
 class MeanLoss(nn.Module):

@@ -12,20 +12,21 @@ from torch import Tensor
 
 import evals
 from errors import exit_code_of
-from metrics import Score, document_numbers, score_rows
+from metrics import Score, document_numbers, means_and_errors, score_rows
 
 EOT = 0
 
 
-def test_standard_errors_are_of_documents_however_they_lie_in_rows_and_batches() -> None:
+def test_standard_errors_are_of_each_datasets_documents_however_they_lie_in_rows_and_batches() -> None:
     draw = np.random.default_rng(0)
     T, V, lengths = 16, 9, draw.integers(1, 60, 200)
     ids = np.concatenate([[EOT, *draw.integers(1, V, n)] for n in lengths])
     rows = np.stack([ids[i : i + T + 1] for i in range(0, len(ids) - T, T)])
-    held_out = {"A": rows[:70], "B": rows[70:]}
+    held_out = {"easy": rows[:70], "hard": rows[70:]}
     numbers = document_numbers(held_out, EOT)
-    targets, owners = rows[:, 1:], np.concatenate([*numbers.values()])
+    owners = np.concatenate([*numbers.values()])
     hardness = draw.normal(size=owners.max() + 1)[owners]  # of a document, in all its tokens
+    hardness[70:] -= 3
     logits_of = {  # of each row's inputs (T,): (T, V)
         row[:-1].tobytes(): F.one_hot(torch.from_numpy(row[1:]), V) * torch.from_numpy(hard)[:, None]
         for row, hard in zip(rows, hardness, strict=True)
@@ -34,40 +35,44 @@ def test_standard_errors_are_of_documents_however_they_lie_in_rows_and_batches()
     def model(ids: Tensor) -> Tensor:
         return torch.stack([logits_of[row.tobytes()] for row in ids.numpy()])
 
-    nats = np.log(np.exp(hardness) + V - 1) - hardness
-    each = [(nats[own].sum(), own.sum(), targets[own].sum()) for d in np.unique(owners) for own in [owners == d]]
-    nats_of, tokens_of, bytes_of = np.array(each).T
-    loss = nats_of.sum() / tokens_of.sum()
-    n = len(each)
-    error = math.sqrt(n / (n - 1) * np.square(nats_of - loss * tokens_of).sum()) / tokens_of.sum()
+    nats, n_tokens, variance = np.log(np.exp(hardness) + V - 1) - hardness, rows[:, 1:].size, 0.0
+    for its_nats, its_owners in ((nats[:70], owners[:70]), (nats[70:], owners[70:])):
+        each = [its_nats[its_owners == d] - its_nats.mean() for d in np.unique(its_owners)]
+        variance += len(each) / (len(each) - 1) * sum(residuals.sum() ** 2 for residuals in each)
+    error = math.sqrt(variance) / n_tokens
 
     byte_lengths = torch.arange(V)
     for batch_size, n_processes in ((1, 1), (5, 1), (4, 3)):
-        parts = [
-            score_rows(model, its[r::n_processes], byte_lengths, batch_size, numbers[name][r::n_processes])
+        scores = [
+            Score.concatenate(
+                [
+                    score_rows(model, its[r::n_processes], byte_lengths, batch_size, numbers[name][r::n_processes])
+                    for r in range(n_processes)
+                ]
+            )
             for name, its in held_out.items()
-            for r in range(n_processes)
         ]
-        summary = Score.concatenate(parts).summary()
-        assert summary["loss"] == pytest.approx(loss, rel=1e-6)
-        assert summary["loss_se"] == pytest.approx(error, rel=1e-5)
-        assert summary["bits_per_byte"] == pytest.approx(nats_of.sum() / math.log(2) / bytes_of.sum(), rel=1e-6)
-        assert (summary["tokens"], summary["bytes"]) == (targets.size, targets.sum())
-        assert summary["documents"] == n > 150
-    of_rows = score_rows(model, rows, byte_lengths, 8).summary()
-    assert of_rows["loss"] == pytest.approx(loss, rel=1e-6)
-    assert of_rows["loss_se"] < 0.8 * error  # rows of one document are no independent sample
+        found = means_and_errors(scores)
+        assert found["loss"] == pytest.approx(nats.mean(), rel=1e-6)
+        assert found["loss_se"] == pytest.approx(error, rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(nats.sum() / math.log(2) / rows[:, 1:].sum(), rel=1e-6)
+        assert (found["tokens"], found["bytes"]) == (n_tokens, rows[:, 1:].sum())
+        assert found["documents"] == sum(len(np.unique(its)) for its in numbers.values()) > 150
+    of_rows = [score_rows(model, its, byte_lengths, 8) for its in held_out.values()]
+    assert means_and_errors(of_rows)["loss_se"] < 0.8 * error  # rows of one document are no independent sample
+    mixed = means_and_errors([Score.concatenate(scores)])
+    assert mixed["loss"] == pytest.approx(nats.mean(), rel=1e-6)
+    assert mixed["loss_se"] > 1.2 * error  # how the datasets differ is no error
 
 
 def test_a_single_document_has_no_standard_error() -> None:
     rows = np.array([[EOT, 3, 4], [4, 5, 6]])
     numbers = document_numbers({"A": rows}, EOT)["A"]
-    summary = score_rows(
-        lambda ids: torch.zeros(*ids.shape, 9), rows, torch.ones(9, dtype=torch.int64), 1, numbers
-    ).summary()
-    assert summary["loss"] == pytest.approx(math.log(9))
-    assert math.isnan(summary["loss_se"])
-    assert summary["documents"] == 1
+    lengths = torch.ones(9, dtype=torch.int64)
+    found = means_and_errors([score_rows(lambda ids: torch.zeros(*ids.shape, 9), rows, lengths, 1, numbers)])
+    assert found["loss"] == pytest.approx(math.log(9))
+    assert math.isnan(found["loss_se"])
+    assert found["documents"] == 1
 
 
 def test_the_table_fits_100_columns_and_shows_what_is_unknown_as_a_dash() -> None:
