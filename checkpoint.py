@@ -248,6 +248,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.is_dir():
         beside = [] if path.exists() else [p.name for p in path.parent.glob("*") if p.is_dir()]
+        if (step := re.fullmatch(r"step-(\d{1,8})", path.name)) and (padded := f"step-{int(step[1]):08d}") in beside:
+            raise CheckpointError(f"{asked} is not there; did you mean {asked.parent / padded}?")
         if near := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8):
             raise CheckpointError(f"{asked} is not there; did you mean {asked.parent / near[0]}?")
         raise CheckpointError(
@@ -256,7 +258,12 @@ def find_checkpoint(path: Path) -> Path:
         )
     newest = newest_checkpoint(path)
     if newest is None:
-        raise CheckpointError(f"{path} holds no complete checkpoint (a step-* folder with a manifest.json)")
+        runs = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir() and newest_checkpoint(p)))
+        raise CheckpointError(
+            f"{asked} is no run but has some; name one: {runs}"
+            if runs
+            else f"{asked} holds no complete checkpoint (a step-* folder with a manifest.json)"
+        )
     return newest.path
 
 

@@ -129,6 +129,10 @@ def read_prompt(prompt: str) -> str:
     try:
         content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt[1:]).expanduser().read_bytes()
         return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--prompt {prompt}: there is no file {prompt[1:]!r}, which the @ asks for; mend the path"
+        ) from None
     except (AttributeError, OSError, UnicodeDecodeError) as error:  # AttributeError: without standard input
         what = "standard input" if prompt == "-" else "the file"
         raise ConfigError(f"--prompt {prompt}: {what} cannot be read as text ({error})") from None

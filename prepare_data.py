@@ -558,6 +558,10 @@ class PrepareConfig(Config):
         for name, least in (("n_shards", 1), ("processes", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use {least} or more")
+            if getattr(self, name) != getattr(PrepareConfig, name) and not self.write_shards:
+                raise ConfigError(
+                    f"{name} is for --write_shards, which names the shards' folder; give both, or neither"
+                )
         if self.write_shards and self.data.shards_dir:
             raise ConfigError(
                 "write_shards makes shards of text, and data.shards_dir holds some; leave one of them out"

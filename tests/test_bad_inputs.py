@@ -399,7 +399,7 @@ CASES: list[tuple[int, str, Call, int, str]] = [
     (26, "one character", one_character, 0, ""),
     (30, "long prompt", lambda g: g.generate("--prompt", "word " * 300), 0, "tokens; the model sees its last 32"),
     (31, "empty prompt", lambda g: g.generate("--prompt", ""), 0, ""),
-    (31, "no such file", lambda g: g.generate("--prompt", f"@{g.folder}/no"), 2, "the file cannot be read as text"),
+    (31, "no such file", lambda g: g.generate("--prompt", f"@{g.folder}/no"), 2, "there is no file '"),
     (32, "greedy", lambda g: g.generate("--temperature", "0"), 0, ""),
     (32, "negative", lambda g: g.generate("--temperature", "-1"), 2, "temperature is -1.0; use 0 (greedy)"),
     (33, "top_p 0", lambda g: g.generate("--top_p", "0"), 2, "top_p is 0.0; use a number above 0 and at most 1"),

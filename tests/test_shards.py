@@ -64,7 +64,7 @@ def options(folder: Path, *files: Path, **changes: Any) -> list[str]:
         "bpe_vocab_size": 257, "max_samples": 0, "cache_dir": folder / "cache",
     }  # fmt: skip
     others = {"write_shards": folder / "shards", "n_shards": N_SHARDS, "processes": 2}
-    settings = {f"data.{key}": changes.pop(key, value) for key, value in values.items()} | others
+    settings: dict[str, Any] = {f"data.{key}": changes.pop(key, value) for key, value in values.items()} | others
     settings |= {key if key in others else f"data.{key}": value for key, value in changes.items()}
     words = [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
     return ["--preset", "smoke", *words, "--data.local_files", *map(str, files)]
@@ -384,6 +384,15 @@ def test_an_impossible_option_is_refused_before_anything_is_read(
     assert exit_code_of(lambda: prepare_data.main([*options(tmp_path, tmp_path / "none.txt"), *words])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {words[0].removeprefix('--')} is ")
+
+
+@pytest.mark.parametrize("name", ["n_shards", "processes"])
+def test_an_option_of_shards_without_their_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    values: dict[str, Any] = {"write_shards": None, "n_shards": None, "processes": None} | {name: 3}
+    assert write(tmp_path, tmp_path / "none.txt", **values) == 2
+    assert f"{name} is for --write_shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])

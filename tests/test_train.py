@@ -364,6 +364,11 @@ def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> 
     _, err = script("generate.py", str(tmp_path / "nothing"), code=4)
     assert "is not there; give the folder of a run" in err
     assert "Traceback" not in err
+    _, err = script("generate.py", f"{run}/step-20", code=4)
+    assert f"did you mean {run}/step-00000020?" in err
+    _, err = script("generate.py", str(runs.folder), code=4)
+    assert "is no run but has some; name one: " in err
+    assert "whole" in err
 
 
 @pytest.mark.slow
