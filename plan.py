@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +251,8 @@ def check(config: Config, argv: Sequence[str]) -> int:
 
     Returns the exit code of the part that failed, or 0.
     """
+    from runtime import check_trackers  # with accelerate, as above
+
     if processes() != 1:
         raise ConfigError("--check rehearses one process; run it without the launcher: python train.py --check")
     device, c = default_device(), config.train
@@ -264,10 +265,8 @@ def check(config: Config, argv: Sequence[str]) -> int:
     remedy = "" if needed <= usable else "; --train.batch_size auto chooses what fits"
     counted = f"{needed / 2**30:.2f} GB counted for {rows} rows, {usable / 2**30:.1f} to use{remedy}"
     _tick("memory", counted, good=needed <= usable)
+    check_trackers(c.trackers)
     for name in c.trackers:  # they are to show the run, not its rehearsal
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:  # None: of a folder of that name
-            raise ConfigError(f"train.trackers has {name}, which is not installed: pip install {name}")
         _tick("tracker", f"{name} is installed; whether it starts is seen in the run")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -600,15 +600,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     started = time.perf_counter()
-    batches: list[Batch] = []
-    while not batches or time.perf_counter() - started < 5:
+    first, n_targets, n_positions = None, 0, 0
+    while first is None or time.perf_counter() - started < 5:
         batch = next(data, None)
         if batch is None:
             break
-        batches = [*batches[-1:], batch]
+        first = first or batch
+        n_targets, n_positions = n_targets + batch.n_targets, n_positions + batch.targets.size
     seconds = time.perf_counter() - started
     data.close()
-    if not batches:
+    if first is None:
         raise DataError("the datasets gave no batch")
     totals = data.totals()
     n_tokens = totals["rows"] * config.model.max_length
@@ -620,14 +621,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     shares = ", ".join(f"{name} {share:.2%} of {asked[name]:.0%}" for name, share in data.mix().items())
     shares += f" of the {config.data.mix_by}"
     print(textwrap.fill(shares, 100, initial_indent="share     ", subsequent_indent=" " * 10))
-    full = sum(b.n_targets for b in batches) / sum(b.targets.size for b in batches)
+    full = n_targets / n_positions
     print(f"packing   {full:.1%} of the positions are targets; met {totals['empty']:,} records without text")
-    for i in range(min(2, len(batches[-1].inputs))):
-        row = batches[-1].inputs[i]
+    for i, row in enumerate(first.inputs[:2]):
         parts = np.split(row, np.flatnonzero(row == tokenizer.eot_id))
         texts = [tokenizer.decode(ids[ids != tokenizer.eot_id].tolist()) for ids in parts]
         shown = "\n=== a document begins ===\n".join(texts)
-        print(f"\n--- row {i}, its first 600 characters ---\n{shown[:600]}")
+        print(f"\n--- row {i} of the first step, its first 600 characters ---\n{shown[:600]}")
     if config.plot:
         plot_lengths(lengths, Path(config.plot))
         print(f"\nlengths drawn in {config.plot}")

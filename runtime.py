@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,18 @@ def start_processes(c: TrainingConfig, precision: str, on_cpu: bool) -> Accelera
     return accelerator
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError for one that is not installed."""
+    for name in names:
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:  # None: of a folder of that name
+            raise ConfigError(f"train.trackers has {name}, which is not installed: pip install {name}")
+
+
 def start_trackers(accelerator: Accelerator, config: Config, step: int) -> list[GeneralTracker]:
     """Those of train.trackers, started: a run that goes on at `step` goes on there too. Ended by end_training().
 
-    Raises ConfigError for one that is not installed or does not start. accelerate's own init_trackers leaves such out
+    Raises ConfigError for one that does not start. accelerate's own init_trackers leaves such out
     silently, and knows no names of runs.
     """
     run_dir, name = config.train.run_dir, config.train.run_name
@@ -121,8 +130,6 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> list[
         try:
             accelerator.trackers.append(make[kind]())
             accelerator.trackers[-1].start()
-        except ImportError:
-            raise ConfigError(f"train.trackers has {kind}, which is not installed: pip install {kind}") from None
         except Exception as error:  # whatever it raises where, for instance, nobody has logged in
             raise ConfigError(f"train.trackers: {kind} does not start: {error}") from None
     return accelerator.trackers

@@ -107,6 +107,7 @@ def train(config: Config) -> int:
     from prepare_data import DatasetPrep
     from runtime import (
         StopSignal,
+        check_trackers,
         like,
         name_suspects,
         newest_for_all,
@@ -141,6 +142,8 @@ def train(config: Config) -> int:
 
     # ---- the run's folder, and the checkpoint to continue from ----------------------------
     run_dir = config.train.run_dir
+    if is_main:
+        check_trackers(config.train.trackers)
     lock = open_run(run_dir) if is_main else None
     accelerator.wait_for_everyone()
     newest = newest_checkpoint(run_dir)

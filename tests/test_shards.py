@@ -54,6 +54,7 @@ from tokenizer import Tokenizer, without_surrogates
 __all__ = ["no_test_hangs"]  # for every test of this file as well
 
 N_SHARDS = 3
+NO_SHARDS: dict[str, Any] = {"write_shards": None, "n_shards": None, "processes": None}  # options to leave out
 HALF_A_PAIR = "half \ud800 a pair"  # of surrogates, as broken JSON has it
 
 
@@ -265,7 +266,7 @@ def test_max_samples_counts_documents_of_the_shards(made: Made) -> None:
 
 
 def test_the_preview_shows_shards_too(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    shown = options(tmp_path, *made.files, shards_dir=made.folder.parent, write_shards="")
+    shown = options(tmp_path, *made.files, shards_dir=made.folder.parent, **NO_SHARDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", iter(range(10**9)).__next__)  # it looks for five seconds
         assert prepare_data.main(shown) == 0
@@ -390,8 +391,7 @@ def test_an_impossible_option_is_refused_before_anything_is_read(
 def test_an_option_of_shards_without_their_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    values: dict[str, Any] = {"write_shards": None, "n_shards": None, "processes": None} | {name: 3}
-    assert write(tmp_path, tmp_path / "none.txt", **values) == 2
+    assert write(tmp_path, tmp_path / "none.txt", **NO_SHARDS | {name: 3}) == 2
     assert f"{name} is for --write_shards" in capsys.readouterr().err
 
 
@@ -471,7 +471,7 @@ def test_a_folder_without_shards_is_told_with_how_to_make_them(made: Made, tmp_p
 def test_training_with_another_tokenizer_is_a_mistake_in_the_settings(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
 ) -> None:
-    shown = options(tmp_path, *made.files, shards_dir=made.folder.parent, write_shards="", **changes)
+    shown = options(tmp_path, *made.files, shards_dir=made.folder.parent, **NO_SHARDS | changes)
     assert exit_code_of(lambda: prepare_data.main(shown)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "use --data.tokenizer bpe --data.bpe_vocab_size 257" in line

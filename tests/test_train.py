@@ -524,6 +524,7 @@ def test_a_resumed_run_may_be_shown_elsewhere_or_nowhere_from_then_on(runs: Runs
 def test_a_tracker_that_is_not_installed_ends_the_run_before_the_first_step(runs: Runs) -> None:
     _, err = runs("untracked", "--train.trackers", "wandb", code=2)
     assert err.splitlines()[-1] == "error: train.trackers has wandb, which is not installed: pip install wandb"
+    assert not (runs.folder / "untracked").exists()
 
 
 def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
