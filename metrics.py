@@ -84,6 +84,12 @@ def ratio(numerators: Sequence[np.ndarray], denominators: Sequence[np.ndarray]) 
     return float(sum(x.sum() for x in numerators) / total), math.sqrt(variance) / float(total)
 
 
+def with_error(means: dict[str, float], name: str) -> str:
+    """ "1.2345 +- 0.0067", of means_and_errors; of a single document "1.2345 +- -"."""
+    error = means[f"{name}_se"]
+    return f"{means[name]:.4f} +- " + ("-" if math.isnan(error) else f"{error:.4f}")
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Of independent values: their mean and its standard error (NaN for a single one)."""
     n = len(values)
@@ -101,6 +107,34 @@ def paired(these: str, others: str) -> tuple[float, float, float]:
     return *mean_and_error(differences), p
 
 
+def p_of(difference: float, error: float) -> float:
+    """How likely chance makes a difference as large, either way, by the normal distribution; NaN if error is."""
+    return math.erfc(abs(difference) / max(error, 1e-12) / math.sqrt(2))
+
+
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # of documents that two models read: bytes, nats of the one, the other
+
+
+def same_documents(these: dict[str, list[float]], others: dict[str, list[float]]) -> Pair | None:
+    """Two models' results {"nats", "bytes"} of the documents that both read to the end; None for other documents.
+
+    They are in the same order; where tokenizers differ the last one may be cut off elsewhere.
+    """
+    a, b = these["bytes"], others["bytes"]
+    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if not n or max(len(a), len(b)) - n > 1:
+        return None
+    return np.array(a[:n]), np.array(these["nats"][:n]), np.array(others["nats"][:n])
+
+
+def paired_bits(datasets: Sequence[Pair]) -> tuple[float, float, float, float, float]:
+    """(bits per byte of the one, of the other, others - these, its standard error over documents, p)."""
+    n_bytes = [pair[0] for pair in datasets]
+    this, other = (ratio([pair[i] / math.log(2) for pair in datasets], n_bytes)[0] for i in (1, 2))
+    difference, error = ratio([(pair[2] - pair[1]) / math.log(2) for pair in datasets], n_bytes)
+    return this, other, difference, error, p_of(difference, error)
+
+
 def diversity(texts: list[str]) -> dict[str, float]:
     """repetition: the share of a text's 4-grams of words that it had before (arXiv:1908.04319), the texts' mean.
     distinct_1, distinct_2: of the words, and pairs of words, of all texts the different ones (arXiv:1510.03055)."""
@@ -116,16 +150,6 @@ def diversity(texts: list[str]) -> dict[str, float]:
 def rows_to_score(batch_size: int, length: int, n_vocab: int) -> int:
     """batch_size, or fewer if the rows' logits were more than 2^27 numbers: half a gigabyte, and copies of it."""
     return min(batch_size, max(1, 2**27 // (length * n_vocab)))
-
-
-def document_numbers(held_out: dict[str, np.ndarray], eot_id: int) -> dict[str, np.ndarray]:
-    """Of each dataset's packed rows (N, T+1) the number, counted through all, of each target's document: (N, T)."""
-    numbers, first = {}, 0
-    for name, rows in held_out.items():
-        begins = rows[:, :-1] == eot_id  # a document's own end-of-text is the input before its first token
-        numbers[name] = first + np.cumsum(begins).reshape(begins.shape)
-        first = int(numbers[name][-1, -1]) + 1
-    return numbers
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -181,6 +181,13 @@ class Batch:
         """(inputs, targets) of so many rows at a time."""
         for start in range(0, len(self.inputs), batch_size):
             yield self.inputs[start : start + batch_size], self.targets[start : start + batch_size]
+
+
+class HeldOut(NamedTuple):
+    """Packed rows (N, T+1) uint32, and of each of their targets the number of its document, (N, T)."""
+
+    rows: np.ndarray
+    documents: np.ndarray
 
 
 class DatasetPrep:
@@ -361,42 +368,47 @@ class DatasetPrep:
 
     # ---- held-out rows, the tokenizer, the plan -----------------------------------------
 
-    def validation_rows(self) -> dict[str, np.ndarray]:
-        """Held-out rows (N, T+1) uint32 of each source, memory-mapped: made once and kept in data.cache_dir.
+    def validation_rows(self) -> dict[str, HeldOut]:
+        """Held-out rows of each source: made once and kept in data.cache_dir.
 
-        Of its held-out documents those with the lowest hashes, in that order, each different text once: the same for
-        every process, every data.seed, and for texts and shards. Of a large dataset they are chosen among the first
-        that give data.val_tokens. Raises EmptyStream when there is too little held-out text to fill a row.
+        All its held-out documents are packed in the order of their hashes, each different text once, and of these rows
+        data.val_tokens are taken at equal distances: the same for every process, every data.seed, and for texts and
+        shards. Of a large dataset only the first documents that give data.val_tokens are read. Raises EmptyStream when
+        there is too little held-out text to fill a row.
         """
         return {source.name: self._validation_rows_of(source) for source in self.sources}
 
-    def _validation_rows_of(self, source: Source) -> np.ndarray:
-        c = self.config
-        key = [source.identity, self.tokenizer.fingerprint, self._length, c.val_fraction, c.val_tokens, c.max_samples]
-        path = self._cached("heldout", ["lowest hashes", *key], ".npy")
-        rows_on_disk = _read_rows(path, self.tokenizer.n_vocab)
-        if rows_on_disk is None:
-            n_rows = max(1, c.val_tokens // self._length)
+    def _validation_rows_of(self, source: Source) -> HeldOut:
+        c, T, eot_id = self.config, self._length, self.tokenizer.eot_id
+        key = [source.identity, self.tokenizer.fingerprint, T, c.val_fraction, c.val_tokens, c.max_samples]
+        path = self._cached("heldout", ["at equal distances", *key], ".npy")
+        table = _read_rows(path, self.tokenizer.n_vocab)
+        if table is None:
+            n_rows = max(1, c.val_tokens // T)
             found: dict[int, np.ndarray] = {}  # ids by the text's hash
             n_ids = 0
             for document in DocumentStream(source, _in_one_order(c), stream=0, n_streams=1, epochs=1, held_out=True):
                 if (its_hash := document_hash(document)) not in found:
                     found[its_hash] = encode(document, self.tokenizer)
                     n_ids += len(found[its_hash])
-                if n_ids > n_rows * self._length and sum(source.sizes) > _LOOKED_THROUGH:
+                if n_ids > n_rows * T and sum(source.sizes) > _LOOKED_THROUGH:
                     break
             ids = np.concatenate([found[its_hash] for its_hash in sorted(found)])
-            n_rows = min(n_rows, (len(ids) - 1) // self._length)
-            if not n_rows:
+            n_whole = (len(ids) - 1) // T
+            if not n_whole:
                 raise EmptyStream(
-                    f"{source.name} has too little held-out text to fill a row of {self._length} tokens; "
+                    f"{source.name} has too little held-out text to fill a row of {T} tokens; "
                     f"raise --data.val_fraction, or use --model.max_length {max(1, len(ids) - 1)}"
                 )
-            rows = np.stack([ids[i * self._length : (i + 1) * self._length + 1] for i in range(n_rows)])
+            number = np.cumsum(ids == eot_id)  # of each id's document
+            starts = T * np.linspace(0, n_whole - 1, min(n_rows, n_whole)).round().astype(int)
+            table = np.stack([np.append(number[i], ids[i : i + T + 1]) for i in starts]).astype(np.uint32)
             with whole_file(path) as file:
-                np.save(file, rows.astype(np.uint32))
-            rows_on_disk = np.load(path, mmap_mode="r")
-        return rows_on_disk
+                np.save(file, table)
+            table = np.load(path, mmap_mode="r")
+        rows = table[:, 1:]
+        begins = np.cumsum(rows[:, 1:-1] == eot_id, axis=1)  # documents within the row
+        return HeldOut(rows, table[:, :1].astype(int) + np.pad(begins, ((0, 0), (1, 0))))
 
     def _tokenizer_of_shards(self) -> Tokenizer:
         path = Path(self.config.shards_dir).expanduser() / "tokenizer.json"
@@ -534,10 +546,10 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
 
 
 def _read_rows(path: Path, n_vocab: int) -> np.ndarray | None:
-    """Held-out rows from the cache, memory-mapped; None when there are none, or when the file is not whole."""
+    """The cached table of held-out rows, memory-mapped; None when there is none, or when the file is not whole."""
     try:
-        rows: np.ndarray = np.load(path, mmap_mode="r")
-        return rows if rows.ndim == 2 and int(rows.max()) < n_vocab else None
+        table: np.ndarray = np.load(path, mmap_mode="r")
+        return table if table.ndim == 2 and int(table[:, 1:].max()) < n_vocab else None
     except (OSError, ValueError, EOFError):
         return None
 

@@ -34,9 +34,9 @@ from config import PRESETS, Config, TrainingConfig, processes
 from errors import ConfigError, explain
 from files import write_json
 from hardware import AUTOCAST_DTYPES
-from metrics import Score, document_numbers, means_and_errors, read_metrics, rows_to_score, score_rows, without_nan
+from metrics import Score, means_and_errors, read_metrics, rows_to_score, score_rows, without_nan
 from model import GPT
-from prepare_data import Batch, DatasetPrep, passes_over, too_often
+from prepare_data import Batch, DatasetPrep, HeldOut, passes_over, too_often
 
 SECONDS_TO_SEE = 90  # a checkpoint that another machine wrote: NFS keeps what it knows of a folder for up to 60
 
@@ -262,17 +262,16 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def validation_scores(
     accelerator: Accelerator,
     model: GPT,
-    held_out: dict[str, np.ndarray],
-    eot_id: int,
+    held_out: dict[str, HeldOut],
     token_byte_length: torch.Tensor,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
     """means_and_errors of each dataset's held-out rows, and of "all" together. The processes share the rows."""
-    scores, documents = {}, document_numbers(held_out, eot_id)
+    scores = {}
     batch_size = rows_to_score(batch_size, model.config.max_length, model.config.vocab_size)
-    for name, rows in held_out.items():
+    for name, (rows, documents) in held_out.items():
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        share, its = rows[mine], documents[name][mine]
+        share, its = rows[mine], documents[mine]
         if len(share) % batch_size == 0 and len(share) * accelerator.num_processes < len(rows):
             # Others have a batch more. Under FSDP a forward pass gathers weights from all processes, so this one joins
             # with a row that is not counted.

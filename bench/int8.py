@@ -55,7 +55,7 @@ def main() -> int:
         model, tokenizer, _, _ = load_model(name, "cpu", dtype)
         config = dataclasses.replace(PRESETS["demo"].data, val_tokens=arguments.rows * LENGTH)
         held_out = DatasetPrep(config, LENGTH, config.n_streams, tokenizer=tokenizer).validation_rows()
-        rows = torch.cat([torch.from_numpy(each.astype("int64"))[: arguments.rows] for each in held_out.values()])
+        rows = torch.cat([torch.from_numpy(each.rows[: arguments.rows].astype("int64")) for each in held_out.values()])
         n_bytes = torch.from_numpy(tokenizer.token_byte_length)[rows[:, 1:]].sum(dim=1)
         bits = {}
         for int8 in (False, True):

@@ -95,7 +95,7 @@ def smollm2(folder: Path) -> dict[str, Any]:
     theirs, their_tokenizer = save_smollm2(folder)
     ours, tokenizer, *_ = load_model(folder)
     data = DatasetPrep(dataclasses.replace(PRESETS["demo"].data, val_tokens=2048), 512, 16, tokenizer=tokenizer)
-    rows = np.concatenate([its[:2] for its in data.validation_rows().values()])
+    rows = np.concatenate([its.rows[:2] for its in data.validation_rows().values()])
     ids = torch.from_numpy(rows[:, :-1].astype(np.int64))
     with torch.inference_mode():
         result: dict[str, Any] = {"logits": compare(ours(ids), theirs(ids).logits)}
@@ -123,7 +123,7 @@ def demo(checkpoint: str, folder: Path) -> dict[str, Any]:
     theirs = AutoModelForCausalLM.from_pretrained(folder / "f32", dtype=torch.float32).eval()
     llama = {form: LlamaCpp(folder / form / f"model-{form}.gguf", length) for form in ("f32", "f16", "q8_0")}
     data = DatasetPrep(dataclasses.replace(config.data, val_tokens=25_000), length, 16, tokenizer=tokenizer)
-    rows = np.concatenate([its[::4] for its in data.validation_rows().values()])
+    rows = np.concatenate([its.rows[::4] for its in data.validation_rows().values()])
     ids = torch.from_numpy(rows[:: len(rows) // 8][:8, :-1].astype(np.int64))
     with torch.inference_mode():
         logits = ours(ids)

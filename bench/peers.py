@@ -46,7 +46,7 @@ def save_smollm2(folder: Path) -> tuple[Any, Any]:
 def held_out_bits(logits_of: Callable[[Tensor], Tensor], data: DatasetPrep) -> float:
     """Bits per byte over all datasets of a model that is not ours: ids (B, T) -> logits (B, T, V)."""
     byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
-    held_out = data.validation_rows().values()
+    held_out = [its.rows for its in data.validation_rows().values()]
     return means_and_errors([score_rows(logits_of, np.asarray(rows), byte_length, 16) for rows in held_out])[
         "bits_per_byte"
     ]

@@ -32,7 +32,7 @@ from config import DATASETS, DataConfig, Dataset
 from documents import DocumentStream, is_held_out
 from errors import ConfigError, exit_code_of
 from hub import DataError
-from prepare_data import IGNORED, Batch, DatasetPrep, PackedSource, StateMismatch
+from prepare_data import IGNORED, Batch, DatasetPrep, PackedSource, StateMismatch, encode
 from sources import (
     CorruptRecord,
     Document,
@@ -829,7 +829,9 @@ def test_no_held_out_document_is_trained_on_in_any_epoch(
 ) -> None:
     config = config_of(tmp_path, *mixed_files[0])
     with opened(config) as data:
-        held_out = set(split_documents(np.concatenate([r[:-1] for r in data.validation_rows()["LOCAL"]]).tolist())[:-1])
+        held_out = set(
+            split_documents(np.concatenate([r[:-1] for r in data.validation_rows()["LOCAL"].rows]).tolist())[:-1]
+        )
     streams = tokens_of_streams(list(global_batches(config, 1, epochs=4)))
     trained = {text for tokens in streams for text in split_documents(tokens)}
     assert len(held_out) > 20
@@ -844,7 +846,7 @@ def test_held_out_rows_are_mapped_from_disk_and_the_same_for_every_process(
     for i, world in enumerate((1, 2, 8)):
         config = config_of(tmp_path, *mixed_files[0], cache_dir=str(tmp_path / f"cache {i}"))
         with opened(config, rank=world - 1, world=world) as data:
-            rows = data.validation_rows()["LOCAL"]
+            rows = data.validation_rows()["LOCAL"].rows
             assert isinstance(rows, np.memmap)
             assert rows.dtype == np.uint32
             assert rows.shape[1] == T + 1
@@ -859,10 +861,10 @@ def test_held_out_rows_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 200))
     config = config_of(tmp_path, path)
     with opened(config) as data, opened(config) as other:
-        rows = np.array(data.validation_rows()["LOCAL"])
+        rows = np.array(data.validation_rows()["LOCAL"].rows)
         path.unlink()
-        assert np.array_equal(data.validation_rows()["LOCAL"], rows)
-        assert np.array_equal(other.validation_rows()["LOCAL"], rows)
+        assert np.array_equal(data.validation_rows()["LOCAL"].rows, rows)
+        assert np.array_equal(other.validation_rows()["LOCAL"].rows, rows)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
 
 
@@ -871,7 +873,7 @@ def test_files_with_other_text_of_the_same_length_have_other_held_out_rows(tmp_p
     for letter in "xy":
         path = write_jsonl(tmp_path / "a.jsonl", [f"{letter * 20} {i:03d}" for i in range(200)])
         with opened(config_of(tmp_path, path)) as data:
-            rows.append(data.validation_rows()["LOCAL"].tolist())
+            rows.append(data.validation_rows()["LOCAL"].rows.tolist())
     assert rows[0] != rows[1]
 
 
@@ -879,23 +881,26 @@ def test_there_are_at_most_val_tokens_of_held_out_text(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 300))
     for val_tokens, n_rows in ((1, 1), (T, 1), (10 * T, 10), (10 * T + T - 1, 10)):
         with opened(config_of(tmp_path, path, val_tokens=val_tokens)) as data:
-            assert len(data.validation_rows()["LOCAL"]) == n_rows
+            assert len(data.validation_rows()["LOCAL"].rows) == n_rows
 
 
-def test_rows_of_every_seed_are_of_the_held_out_documents_with_the_lowest_hashes_each_text_once(
+def test_rows_of_every_seed_are_of_all_held_out_documents_at_equal_distances_each_text_once(
     tmp_path: Path, mixed_files: tuple[list[Path], list[str]]
 ) -> None:
     files, texts = mixed_files
-    held_out = {t for t in texts if t and is_held_out(t, 0.2)}
-    first = "".join(f"\0{text}" for text in sorted(held_out, key=document_hash))
+    in_order = sorted({t for t in texts if t and is_held_out(t, 0.2)}, key=document_hash)
+    ids = np.concatenate([encode(text, BYTES) for text in in_order])
+    owners = np.repeat(np.arange(len(in_order)), [len(encode(text, BYTES)) for text in in_order])
+    starts = np.arange(0, len(ids) - T, T)
     again = write_jsonl(tmp_path / "again.jsonl", texts[:50])
     for seed, val_tokens, more in ((1, 8 * T, []), (2, 8 * T, []), (1, 10**6, []), (1, 10**6, [again])):
         with opened(config_of(tmp_path, *files, *more, seed=seed, val_tokens=val_tokens)) as data:
-            rows = data.validation_rows()["LOCAL"]
-        ids = np.concatenate([rows[:, :-1].ravel(), rows[-1, -1:]]).tolist()
-        read = "".join(f"\0{text}" for text in split_documents(ids))
-        assert first.startswith(read)
-        assert len(rows) == 8 if val_tokens == 8 * T else len(first) - len(read) <= T
+            rows, documents = data.validation_rows()["LOCAL"]
+        assert len(rows) == min(8, val_tokens // T) if val_tokens < 10**6 else len(rows) == len(starts)
+        found = [next(i for i in starts if np.array_equal(ids[i : i + T + 1], row)) for row in rows]
+        assert (found[0], found[-1]) == (starts[0], starts[-1])
+        assert np.ptp(np.diff(found)) <= T
+        assert np.array_equal(documents - 1, np.stack([owners[i : i + T] for i in found]))
 
 
 def test_of_a_large_dataset_only_the_beginning_is_read_for_its_held_out_rows(
@@ -916,7 +921,7 @@ def test_of_a_large_dataset_only_the_beginning_is_read_for_its_held_out_rows(
         read.clear()
         config = config_of(tmp_path, path, val_tokens=4 * T, cache_dir=str(tmp_path / str(i)), seed=seed)
         with opened(config) as data:
-            rows.append(data.validation_rows()["LOCAL"].tolist())
+            rows.append(data.validation_rows()["LOCAL"].rows.tolist())
         chunks.append(max(read))
     assert chunks[0] > 4
     assert max(chunks[1:]) <= 1

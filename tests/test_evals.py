@@ -12,66 +12,61 @@ from torch import Tensor
 
 import evals
 from errors import exit_code_of
-from metrics import Score, document_numbers, means_and_errors, score_rows
-
-EOT = 0
+from metrics import Score, means_and_errors, score_rows, with_error
 
 
 def test_standard_errors_are_of_each_datasets_documents_however_they_lie_in_rows_and_batches() -> None:
     draw = np.random.default_rng(0)
-    T, V, lengths = 16, 9, draw.integers(1, 60, 200)
-    ids = np.concatenate([[EOT, *draw.integers(1, V, n)] for n in lengths])
-    rows = np.stack([ids[i : i + T + 1] for i in range(0, len(ids) - T, T)])
-    held_out = {"easy": rows[:70], "hard": rows[70:]}
-    numbers = document_numbers(held_out, EOT)
-    owners = np.concatenate([*numbers.values()])
-    hardness = draw.normal(size=owners.max() + 1)[owners]  # of a document, in all its tokens
-    hardness[70:] -= 3
+    N, T, V = 140, 16, 9
+    rows = draw.integers(0, V, (N, T + 1))
+    documents = np.sort(draw.integers(0, 200, (N, T)), axis=None).reshape(N, T)  # of very different lengths
+    easy, hard = slice(None, N // 2), slice(N // 2, None)  # two datasets
+    hardness = draw.normal(size=200)[documents]  # of a document, in all its tokens
+    hardness[hard] -= 3
     logits_of = {  # of each row's inputs (T,): (T, V)
-        row[:-1].tobytes(): F.one_hot(torch.from_numpy(row[1:]), V) * torch.from_numpy(hard)[:, None]
-        for row, hard in zip(rows, hardness, strict=True)
+        row[:-1].tobytes(): F.one_hot(torch.from_numpy(row[1:]), V) * torch.from_numpy(its)[:, None]
+        for row, its in zip(rows, hardness, strict=True)
     }
 
     def model(ids: Tensor) -> Tensor:
         return torch.stack([logits_of[row.tobytes()] for row in ids.numpy()])
 
-    nats, n_tokens, variance = np.log(np.exp(hardness) + V - 1) - hardness, rows[:, 1:].size, 0.0
-    for its_nats, its_owners in ((nats[:70], owners[:70]), (nats[70:], owners[70:])):
-        each = [its_nats[its_owners == d] - its_nats.mean() for d in np.unique(its_owners)]
-        variance += len(each) / (len(each) - 1) * sum(residuals.sum() ** 2 for residuals in each)
-    error = math.sqrt(variance) / n_tokens
+    nats, variance, n_documents = np.log(np.exp(hardness) + V - 1) - hardness, 0.0, 0
+    for dataset in (easy, hard):
+        names, residuals = np.unique(documents[dataset]), nats[dataset] - nats[dataset].mean()
+        sums = [residuals[documents[dataset] == name].sum() for name in names]
+        variance += len(names) / (len(names) - 1) * np.square(sums).sum()
+        n_documents += len(names)
+    error = math.sqrt(variance) / nats.size
 
     byte_lengths = torch.arange(V)
     for batch_size, n_processes in ((1, 1), (5, 1), (4, 3)):
-        scores = [
-            Score.concatenate(
-                [
-                    score_rows(model, its[r::n_processes], byte_lengths, batch_size, numbers[name][r::n_processes])
-                    for r in range(n_processes)
-                ]
-            )
-            for name, its in held_out.items()
-        ]
+        scores = []
+        for dataset in (easy, hard):
+            shares = [(rows[dataset][r::n_processes], documents[dataset][r::n_processes]) for r in range(n_processes)]
+            parts = [score_rows(model, share, byte_lengths, batch_size, its) for share, its in shares]
+            scores.append(Score.concatenate(parts))
         found = means_and_errors(scores)
         assert found["loss"] == pytest.approx(nats.mean(), rel=1e-6)
         assert found["loss_se"] == pytest.approx(error, rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(nats.sum() / math.log(2) / rows[:, 1:].sum(), rel=1e-6)
-        assert (found["tokens"], found["bytes"]) == (n_tokens, rows[:, 1:].sum())
-        assert found["documents"] == sum(len(np.unique(its)) for its in numbers.values()) > 150
-    of_rows = [score_rows(model, its, byte_lengths, 8) for its in held_out.values()]
-    assert means_and_errors(of_rows)["loss_se"] < 0.8 * error  # rows of one document are no independent sample
+        assert (found["tokens"], found["bytes"]) == (nats.size, rows[:, 1:].sum())
+        assert found["documents"] == n_documents
+    of_rows = [score_rows(model, rows[dataset], byte_lengths, 8) for dataset in (easy, hard)]
+    assert means_and_errors(of_rows)["loss_se"] < 0.95 * error  # rows of one document are no independent sample
     mixed = means_and_errors([Score.concatenate(scores)])
     assert mixed["loss"] == pytest.approx(nats.mean(), rel=1e-6)
     assert mixed["loss_se"] > 1.2 * error  # how the datasets differ is no error
 
 
 def test_a_single_document_has_no_standard_error() -> None:
-    rows = np.array([[EOT, 3, 4], [4, 5, 6]])
-    numbers = document_numbers({"A": rows}, EOT)["A"]
-    lengths = torch.ones(9, dtype=torch.int64)
-    found = means_and_errors([score_rows(lambda ids: torch.zeros(*ids.shape, 9), rows, lengths, 1, numbers)])
+    rows, lengths = np.array([[0, 3, 4], [4, 5, 6]]), torch.ones(9, dtype=torch.int64)
+    score = score_rows(lambda ids: torch.zeros(*ids.shape, 9), rows, lengths, 1, np.ones((2, 2), dtype=int))
+    found = means_and_errors([score])
     assert found["loss"] == pytest.approx(math.log(9))
     assert math.isnan(found["loss_se"])
+    assert with_error(found, "loss") == "2.1972 +- -"
+    assert with_error(found | {"loss_se": 0.0123}, "loss") == "2.1972 +- 0.0123"
     assert found["documents"] == 1
 
 

@@ -166,7 +166,7 @@ def test_the_held_out_documents_are_those_of_the_text_at_every_val_fraction(made
 
 def test_validation_rows_are_of_held_out_documents_only(made: Made) -> None:
     with opened(made.shards, tokenizer=None) as data:
-        rows = data.validation_rows()["LOCAL"]
+        rows = data.validation_rows()["LOCAL"].rows
     tokens = [*rows[:, :-1].ravel().tolist()]
     held_out = {without_surrogates(t) for t in documents_of(made.text, held_out=True)}
     seen = split_documents(tokens, made.tokenizer)
@@ -179,7 +179,7 @@ def test_validation_rows_of_text_and_of_its_shards_are_the_same(made: Made) -> N
         found = []
         for config in (made.text, made.shards):
             with opened(dataclasses.replace(config, val_tokens=val_tokens), tokenizer=None) as data:
-                found.append(np.array(data.validation_rows()["LOCAL"]))
+                found.append(np.array(data.validation_rows()["LOCAL"].rows))
         assert len(found[0]) > 5
         assert np.array_equal(found[0], found[1])
 

@@ -175,10 +175,12 @@ def test_a_new_run_begins_with_the_weights_and_tokenizer_of_another(runs: Runs, 
     for run, step in (("whole", 20), ("child", 12)):  # before and after, on the same documents
         evals = [sys.executable, str(ROOT / "evals.py"), str(runs.folder / run), "--held_out_of"]
         command = [*evals, str(runs.folder / "child"), "--sample_tokens", "1"]
+        command += ["--compare", str(runs.folder / "whole")] if run == "child" else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         assert "may have been trained on" not in done.stderr
         name = f"{run}/eval-{step:08d}-child.json"
         held_out[run] = json.loads((runs.folder / name).read_text())["held_out"]["LOCAL"]
+    assert re.search(r"^LOCAL bits/byte .* \+- 0\.\d{4} .* this better$", done.stdout, re.MULTILINE)
     last = [r for r in runs.records("child") if r["kind"] == "validation"][-1]
     assert held_out["child"]["loss"] == pytest.approx(last["datasets"]["LOCAL"]["loss"], rel=2e-3)
     assert held_out["child"]["tokens"] == held_out["whole"]["tokens"]
