@@ -57,10 +57,10 @@ def means_and_errors(datasets: Sequence[Score]) -> dict[str, float]:
     """
     scores = [score.of_documents() for score in datasets]
     tokens = [s.tokens for s in scores]
-    loss, loss_se = ratio([s.nats for s in scores], tokens)
-    bits, bits_se = ratio([s.nats / math.log(2) for s in scores], [s.bytes for s in scores])
-    top1, top1_se = ratio([s.top1 for s in scores], tokens)
-    top5, top5_se = ratio([s.top5 for s in scores], tokens)
+    loss, loss_se = ratio([s.nats for s in scores], tokens, tokens)
+    bits, bits_se = ratio([s.nats / math.log(2) for s in scores], [s.bytes for s in scores], tokens)
+    top1, top1_se = ratio([s.top1 for s in scores], tokens, tokens)
+    top5, top5_se = ratio([s.top5 for s in scores], tokens, tokens)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {
         "loss": loss, "loss_se": loss_se, "perplexity": perplexity, "perplexity_se": perplexity * loss_se,
@@ -70,18 +70,22 @@ def means_and_errors(datasets: Sequence[Score]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def ratio(numerators: Sequence[np.ndarray], denominators: Sequence[np.ndarray]) -> tuple[float, float]:
-    """sum / sum over independent documents of each dataset, and its standard error.
+def ratio(
+    numerators: Sequence[np.ndarray], denominators: Sequence[np.ndarray], sizes: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """sum / sum over independent documents of each dataset, and its standard error. sizes: the documents' tokens.
 
-    By the delta method, of documents drawn from each dataset (Cochran, Sampling Techniques, 1977, chapter 6): how
-    the datasets differ is no error. NaN where one has a single document.
+    By the delta method, of documents drawn until each dataset has so many tokens (Cochran, Sampling Techniques, 1977,
+    chapter 6): how the datasets differ is no error. NaN where one has a single document.
     """
     total, variance = sum(d.sum() for d in denominators), 0.0
-    for numerator, denominator in zip(numerators, denominators, strict=True):
+    value = sum(x.sum() for x in numerators) / total
+    for numerator, denominator, size in zip(numerators, denominators, sizes, strict=True):
         n = len(numerator)
-        residuals = numerator - numerator.sum() / denominator.sum() * denominator
+        above = numerator - value * denominator
+        residuals = above - above.sum() / size.sum() * size  # about what the dataset's documents of such sizes have
         variance += n / (n - 1) * np.square(residuals).sum() if n > 1 else math.nan
-    return float(sum(x.sum() for x in numerators) / total), math.sqrt(variance) / float(total)
+    return float(value), math.sqrt(variance) / float(total)
 
 
 def with_error(means: dict[str, float], name: str) -> str:
@@ -130,8 +134,8 @@ def same_documents(these: dict[str, list[float]], others: dict[str, list[float]]
 def paired_bits(datasets: Sequence[Pair]) -> tuple[float, float, float, float, float]:
     """(bits per byte of the one, of the other, others - these, its standard error over documents, p)."""
     n_bytes = [pair[0] for pair in datasets]
-    this, other = (ratio([pair[i] / math.log(2) for pair in datasets], n_bytes)[0] for i in (1, 2))
-    difference, error = ratio([(pair[2] - pair[1]) / math.log(2) for pair in datasets], n_bytes)
+    this, other = (ratio([pair[i] / math.log(2) for pair in datasets], n_bytes, n_bytes)[0] for i in (1, 2))
+    difference, error = ratio([(pair[2] - pair[1]) / math.log(2) for pair in datasets], n_bytes, n_bytes)
     return this, other, difference, error, p_of(difference, error)
 
 

@@ -373,8 +373,9 @@ class DatasetPrep:
 
         All its held-out documents are packed in the order of their hashes, each different text once, and of these rows
         data.val_tokens are taken at equal distances: the same for every process, every data.seed, and for texts and
-        shards. Of a large dataset only the first documents that give data.val_tokens are read. Raises EmptyStream when
-        there is too little held-out text to fill a row.
+        shards. Of a dataset of more than _LOOKED_THROUGH bytes only the first documents that give data.val_tokens are
+        read, and of one cut by data.max_samples those of its first. Raises EmptyStream when there is too little
+        held-out text to fill a row.
         """
         return {source.name: self._validation_rows_of(source) for source in self.sources}
 

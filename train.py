@@ -142,8 +142,6 @@ def train(config: Config) -> int:
 
     # ---- the run's folder, and the checkpoint to continue from ----------------------------
     run_dir = config.train.run_dir
-    if is_main:
-        check_trackers(config.train.trackers)
     lock = open_run(run_dir) if is_main else None
     accelerator.wait_for_everyone()
     newest = newest_checkpoint(run_dir)
@@ -194,6 +192,9 @@ def train(config: Config) -> int:
             if is_main:
                 write_status(run_dir, "complete", c.max_steps, exit_code=0)
             return 0
+
+    if is_main:
+        check_trackers(c.trackers)
 
     # ---- data, model, optimizer -----------------------------------------------------------
     say(f"device    {world_size} x {describe(device)} | {precision}")

@@ -59,6 +59,30 @@ def test_standard_errors_are_of_each_datasets_documents_however_they_lie_in_rows
     assert mixed["loss_se"] > 1.2 * error  # how the datasets differ is no error
 
 
+def test_the_standard_errors_are_how_much_the_means_differ_from_draw_to_draw_of_documents() -> None:
+    draw = np.random.default_rng(0)
+
+    def dataset(bytes_per_token: float, hardness: float) -> Score:
+        """Documents until there are 6,000 tokens; a document's tokens are alike."""
+        lengths = draw.geometric(1 / 100, 300)
+        lengths = lengths[np.cumsum(lengths) < 6000]
+        its = draw.normal(size=(4, len(lengths)))
+        each = (
+            hardness + 0.3 * its[0],
+            np.ones(len(lengths)),
+            bytes_per_token * np.exp(0.2 * its[1]),
+            0.3 + 0.1 * its[2],
+            0.6 + 0.02 * its[3],
+        )
+        return Score(np.arange(len(lengths)), *(lengths * values for values in each))
+
+    for datasets in (((4.0, 4.0),), ((4.0, 3.0), (1.5, 4.0))):
+        found = [means_and_errors([dataset(*each) for each in datasets]) for _ in range(600)]
+        for name in ("loss", "perplexity", "bits_per_byte", "top1", "top5"):
+            spread = np.std([means[name] for means in found])
+            assert np.mean([means[f"{name}_se"] for means in found]) == pytest.approx(spread, rel=0.1), name
+
+
 def test_a_single_document_has_no_standard_error() -> None:
     rows, lengths = np.array([[0, 3, 4], [4, 5, 6]]), torch.ones(9, dtype=torch.int64)
     score = score_rows(lambda ids: torch.zeros(*ids.shape, 9), rows, lengths, 1, np.ones((2, 2), dtype=int))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -177,6 +178,9 @@ def test_two_processes_equal_one_and_hand_over_to_one(runs: Runs) -> None:
     options = (*FP32, "--train.batch_size", "2", "--train.save_every", "7")
     runs("two", *options, processes=2)
     assert_same_training(runs, "two", "big")
+    two, one = ([r["datasets"] for r in runs.records(name) if r["kind"] == "validation"][-1] for name in ("two", "big"))
+    for name, score in one.items():
+        assert two[name] == pytest.approx(score, rel=1e-4)
     # The same rows per step on one device: accumulation makes up for the other one.
     out, _ = runs("two", *options, "--train.max_steps", "22", "--resume")
     assert "2 rows x 2 accumulated x 1 devices" in out
@@ -361,6 +365,13 @@ def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> 
     results = json.loads((runs.folder / "whole" / "eval-00000020.json").read_text())
     last = [r for r in runs.records("whole") if r["kind"] == "validation"][-1]
     assert results["held_out"]["all"]["loss"] == pytest.approx(last["datasets"]["all"]["loss"], rel=2e-3)
+    for scores in (results["held_out"], last["datasets"]):
+        together, parts = scores["all"], [score for name, score in scores.items() if name != "all"]
+        errors = [part["tokens"] / together["tokens"] * part["loss_se"] for part in parts]
+        assert min(errors) > 0
+        assert together["loss_se"] == pytest.approx(math.hypot(*errors))
+        assert together["documents"] == sum(part["documents"] for part in parts) > 10
+        assert together["loss_se"] == pytest.approx(last["datasets"]["all"]["loss_se"], rel=0.02)
     _, err = script("generate.py", str(tmp_path / "nothing"), code=4)
     assert "is not there; give the folder of a run" in err
     assert "Traceback" not in err
@@ -524,7 +535,9 @@ def test_a_resumed_run_may_be_shown_elsewhere_or_nowhere_from_then_on(runs: Runs
 def test_a_tracker_that_is_not_installed_ends_the_run_before_the_first_step(runs: Runs) -> None:
     _, err = runs("untracked", "--train.trackers", "wandb", code=2)
     assert err.splitlines()[-1] == "error: train.trackers has wandb, which is not installed: pip install wandb"
-    assert not (runs.folder / "untracked").exists()
+    status = json.loads((runs.folder / "untracked" / "status.json").read_text())
+    assert (status["outcome"], status["exit_code"]) == ("failed", 2)  # for whoever starts a run again
+    assert not (runs.folder / "untracked" / "metrics.jsonl").exists()
 
 
 def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
