@@ -379,7 +379,8 @@ class Config:
         """
         rows_at_once, c = batch_size * world_size, self.train
         if rows_per_step % rows_at_once:
-            remedy = "choose another --train.batch_size" if batch_size > 1 else "use fewer"
+            remedy = "repeat the --preset and --train.batch_size of the run, or choose another batch_size"
+            remedy = remedy if batch_size > 1 else "use fewer"
             raise ConfigError(
                 f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
                 f"{batch_size} x {world_size} devices; {remedy}"
@@ -501,8 +502,12 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
 
     Exits with 0 for --help and 2 for a usage error (tyro's, with a suggestion); raises ConfigError.
     """
-    arguments: list[str] = []
-    for word in sys.argv[1:] if argv is None else argv:  # --name=value of these two as two words, like --name value
+    words, arguments = list(sys.argv[1:] if argv is None else argv), list[str]()
+    if words and not words[0].startswith("-"):
+        raise ConfigError(
+            f"{words[0]} is no option: give settings as --train.max_steps 100, and many at once as --preset demo"
+        )
+    for word in words:  # --name=value of these two as two words, like --name value
         its_own = word.replace("-", "_").startswith(("__preset=", "__train.batch_size="))
         arguments += word.split("=", 1) if its_own else [word]
     preset = "fineweb"
@@ -520,12 +525,25 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
         raise ConfigError(f"there is no preset {preset!r}; {_suggest(preset, PRESETS)}")
     description += f"\n\n--preset NAME starts from one of: {', '.join(PRESETS)} (shown here: {preset})"
     for word in arguments:
-        name = word.partition("=")[0].replace("-", "_").rpartition(".")[2].strip("_")
-        if word.startswith("--") and name in OTHER_NAMES:
-            raise ConfigError(f"there is no {word.partition('=')[0]}; here it is {OTHER_NAMES[name]}")
+        option = word.partition("=")[0]
+        name = option.replace("-", "_").rpartition(".")[2].strip("_")
+        if word.startswith("--") and (here := OTHER_NAMES.get(name) or ("." not in option and _in_groups(name, kind))):
+            raise ConfigError(f"there is no {option}; here it is {here}")
     default = kind(**vars(copy.deepcopy(PRESETS[preset])))
     config = parse_arguments(kind, arguments, default=default, description=description)
     return config.validate(processes())
+
+
+def _in_groups(name: str, kind: type[AnyConfig]) -> str:
+    """The options of groups that are called so; "" if there is none, or if it is an option as it stands."""
+    options: list[str] = []
+    names = name, name.removeprefix("no_")
+    for group in dataclasses.fields(kind):
+        if group.name in names:
+            return ""
+        if isinstance(group.default_factory, type):
+            options += [f"--{group.name}.{name}" for f in dataclasses.fields(group.default_factory) if f.name in names]
+    return " or ".join(options)
 
 
 def processes() -> int:

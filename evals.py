@@ -190,8 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = min(its.model.max_length, model.config.max_length)
         data = DatasetPrep(data_config, length, its.data.n_streams, tokenizer=tokenizer)
         trained_on = read_state(run)["data"]["identity"]
-        for name, value in data.identity().items():  # tokenizers and lengths have no say in what is held out
-            if name.startswith("files of") and trained_on.get(name) != value:
+        # A text's hash decides what is held out, in shards as well; but files here may be cut into other documents.
+        same_form = bool(data_config.shards_dir) == bool(its.data.shards_dir)
+        for name, value in data.identity().items():
+            if same_form and name.startswith("files of") and trained_on.get(name) != value:
                 warn(f"warning: {name} changed since {run}: what is held out now may have been trained on")
         byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
         n = rows_to_score(arguments.batch_size, length, model.config.vocab_size)

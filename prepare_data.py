@@ -640,7 +640,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = np.split(row, np.flatnonzero(row == tokenizer.eot_id))
         texts = [tokenizer.decode(ids[ids != tokenizer.eot_id].tolist()) for ids in parts]
         shown = "\n=== a document begins ===\n".join(texts)
-        print(f"\n--- row {i} of the first step, its first 600 characters ---\n{shown[:600]}")
+        part = ", its first 600 characters" if len(shown) > 600 else ""
+        print(f"\n--- row {i} of the first step{part} ---\n{shown[:600]}")
     if config.plot:
         plot_lengths(lengths, Path(config.plot))
         print(f"\nlengths drawn in {config.plot}")

@@ -274,6 +274,10 @@ def test_a_run_that_goes_on_keeps_its_rows_so_its_warm_up_is_not_judged_by_fewer
         (["--model.n_embd", "384"], "here it is --model.d_model"),
         (["--presets", "demo"], "here it is --preset"),
         (["--model.dropout", "0.1"], "here it is left out; see --train.weight_decay"),
+        (["--out_dir=foo"], "there is no --out_dir; here it is --train.out_dir"),
+        (["--seed", "1"], "here it is --data.seed or --train.seed or --generation.seed"),
+        (["--no-compile"], "there is no --no-compile; here it is --train.no_compile"),
+        (["config/train_shakespeare_char.py", "--train.lr", "1e-3"], "config/train_shakespeare_char.py is no option"),
     ],
 )
 def test_who_comes_from_another_trainer_is_told_our_name_of_a_setting(options: list[str], told: str):

@@ -377,6 +377,8 @@ def test_generate_and_evaluate_a_run(runs: Runs, whole: str, tmp_path: Path) -> 
     assert "Traceback" not in err
     _, err = script("generate.py", f"{run}/step-20", code=4)
     assert f"did you mean {run}/step-00000020?" in err
+    _, err = script("generate.py", run.replace("whole", "wohle"), code=4)
+    assert f"did you mean {run}?" in err
     _, err = script("generate.py", str(runs.folder), code=4)
     assert "is no run but has some; name one: " in err
     assert "whole" in err
