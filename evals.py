@@ -281,7 +281,7 @@ def table(rows: dict[str, dict[str, Any]], head: str, columns: str) -> str:
 
 def comparison(these: dict[str, Any], others: dict[str, Any]) -> str:
     """Results of evals.py beside others, on what both were asked: held-out documents, and tasks with their mean."""
-    from metrics import p_of, paired, paired_bits, same_documents
+    from metrics import paired, paired_bits, same_documents
 
     lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
     a, b = (results.get("by_document", {}) for results in (these, others))
@@ -299,7 +299,8 @@ def comparison(these: dict[str, Any], others: dict[str, Any]) -> str:
     if len(rows) > 1:
         this, other = sum(row[1] for row in rows) / len(rows), sum(row[2] for row in rows) / len(rows)
         error = math.sqrt(sum(row[4] ** 2 for row in rows)) / len(rows)
-        rows.append(("mean", this, other, other - this, error, p_of(other - this, error)))
+        p = math.erfc(abs(other - this) / max(error, 1e-9) / math.sqrt(2))  # of a normal distribution, both sides
+        rows.append(("mean", this, other, other - this, error, p))
     lines += _verdicts(rows, ".1%", "higher is better")
     compared = {*pairs, *(row[0].rpartition(" ")[0] for row in rows)}
     names = [*these.get("by_document", {}), *a]

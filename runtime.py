@@ -240,7 +240,8 @@ def name_suspects(
     if problems:
         return f"Its {len(table)} rows could not be scored one by one: {problems[0]} (all in {path})"
     n_broken = sum(not math.isfinite(row["loss"]) for row in table)
-    which = f"{n_broken} of its {len(table)} rows, first" if n_broken else "no row by itself; the worst"
+    diverged = ", so the weights have diverged" if n_broken == len(table) else ""
+    which = f"{n_broken} of its {len(table)} rows{diverged}; first" if n_broken else "no row by itself; the worst"
     return f"It is {which} {table[0]['dataset']}: {table[0]['text'][:60]!r} (all in {path})"
 
 

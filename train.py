@@ -448,8 +448,8 @@ def train(config: Config) -> int:
             suspects = name_suspects(run_dir, step + 1, accelerator, model, batch, data, token_byte_length)
             raise NonFiniteError(
                 f"loss {loss}, gradient norm {grad_norm} at step {step + 1}; this step was neither applied nor saved. "
-                f"{suspects}. Continue from the last checkpoint with --resume, skip such documents with "
-                f"--train.max_spike 1, or start anew with a lower --train.lr"
+                f"{suspects}. Start anew with a lower --train.lr; or, where a few documents are to blame, go on from "
+                f"the last checkpoint and skip them: --resume --train.max_spike 1"
             )
         recent_losses.append(loss)
         for optimizer in optimizers:

@@ -124,6 +124,8 @@ def load_run(folder: Path, label: str) -> Run:
     records, notes = read_metrics(path), []
     kinds = "start", "train", "validation", "undone"
     starts, steps, validations, undone = ([r for r in records if r.get("kind") == kind] for kind in kinds)
+    if not steps and not validations and (runs := sorted(p.parent.name for p in folder.glob("*/metrics.jsonl"))):
+        raise ConfigError(f"{folder} is no run but has some; name one or more: {', '.join(runs)}")
     if not steps and not validations:
         raise ConfigError(f"{path} holds no logged step; give the folder of a run, such as checkpoints/demo")
     if damaged := len(path.read_text(errors="replace").splitlines()) - len(records):

@@ -87,9 +87,10 @@ def test_many_lines_become_few_points_that_keep_mean_and_extremes(tmp_path: Path
     [
         (lambda run: run.mkdir(), "holds no logged step; give the folder of a run"),
         (lambda run: None, "is not there; give the folder of a run"),
+        (lambda run: make_run(run / "one", 3), "is no run but has some; name one or more: one"),
         (lambda run: (make_run(run, 3) / "status.json").write_text("{"), "status.json cannot be read"),
     ],
-    ids=["empty", "missing", "damaged"],
+    ids=["empty", "missing", "runs", "damaged"],
 )
 def test_a_folder_without_a_run_is_one_line(
     tmp_path: Path, make: Callable[[Path], Any], words: str, capsys: pytest.CaptureFixture[str]

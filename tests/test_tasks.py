@@ -19,7 +19,7 @@ import pytest
 import evals
 import tasks
 from errors import exit_code_of
-from metrics import diversity, paired
+from metrics import diversity, p_of, paired
 from tasks import TASKS, Document
 from tests.conftest import GETTYSBURG
 from tests.loopback_hub import Hub, write_card
@@ -317,6 +317,13 @@ def test_held_out_documents_are_compared_in_pairs_which_tells_small_differences_
     assert other - this == pytest.approx(difference, abs=2e-4)
     assert difference == pytest.approx(-0.02, abs=0.01)
     assert error < 0.004 < 0.1 * hardness.std()  # of the difference, and not of what makes some documents hard
+
+
+def test_chance_is_how_often_the_models_exchanged_at_random_differ_as_much() -> None:
+    assert p_of(np.full(6, 0.1)) == pytest.approx(2 / 2**6, rel=0.2)  # of the draws all heads and all tails
+    assert p_of(np.array([0.3, 0.1, -0.1])) == pytest.approx(6 / 2**3, rel=0.1)
+    assert p_of(np.zeros(6)) == p_of(np.ones(1)) == 1
+    assert p_of(np.full(40, -1.0)) == 0.0001
 
 
 def test_one_document_of_each_task_tells_nothing() -> None:
