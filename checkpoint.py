@@ -260,7 +260,7 @@ def find_checkpoint(path: Path) -> Path:
         )
     newest = newest_checkpoint(path)
     if newest is None:
-        runs = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir() and newest_checkpoint(p)))
+        runs = ", ".join(sorted(p.name for p in path.iterdir() if any(p.glob("step-*/manifest.json"))))
         raise CheckpointError(
             f"{asked} is no run but has some; name one: {runs}"
             if runs

@@ -379,8 +379,8 @@ class Config:
         """
         rows_at_once, c = batch_size * world_size, self.train
         if rows_per_step % rows_at_once:
-            remedy = "repeat the --preset and --train.batch_size of the run, or choose another batch_size"
-            remedy = remedy if batch_size > 1 else "use fewer"
+            another = "repeat the --preset and --train.batch_size of the run, or choose another batch_size"
+            remedy = another if batch_size > 1 else "use fewer"
             raise ConfigError(
                 f"the run trains on {rows_per_step} rows per step, which do not divide into train.batch_size "
                 f"{batch_size} x {world_size} devices; {remedy}"
@@ -537,12 +537,13 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
 def _in_groups(name: str, kind: type[AnyConfig]) -> str:
     """The options of groups that are called so; "" if there is none, or if it is an option as it stands."""
     options: list[str] = []
-    names = name, name.removeprefix("no_")
     for group in dataclasses.fields(kind):
-        if group.name in names:
+        if group.name == name:
             return ""
         if isinstance(group.default_factory, type):
-            options += [f"--{group.name}.{name}" for f in dataclasses.fields(group.default_factory) if f.name in names]
+            for f in dataclasses.fields(group.default_factory):
+                if f.name == name or (f"no_{f.name}" == name and f.type == "bool"):
+                    options.append(f"--{group.name}.{name}")
     return " or ".join(options)
 
 

@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from config import EvalConfig, parse_arguments
 from errors import ConfigError, complain, exit_code_of
 
-Difference = tuple[str, float, float, float, float, float]  # of what; this, other, other - this, its error, p
 SIGNIFICANT = 0.05  # the chance that a comparison of two equal models calls any of its differences real
 
 
@@ -62,15 +61,17 @@ class Arguments(EvalConfig):
         from checkpoint import find_checkpoint, is_hub_model
 
         path = Path(checkpoint).expanduser()
-        suffix = f"-{Path(self.held_out_of).expanduser().resolve().name}" if self.held_out_of else ""
-        suffix += (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
+        of = Path(self.held_out_of).expanduser().resolve() if self.held_out_of else None
+        which = f"-{of.name}" if of else ""
+        suffix = (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
         suffix += f"-{self.precision}" if self.precision != "auto" else ""
         if checkpoint.count("/") == 1 and not path.parent.exists():  # a name on the hub
-            return Path(f"eval-{checkpoint.replace('/', '--')}{suffix}.json"), None
+            return Path(f"eval-{checkpoint.replace('/', '--')}{which}{suffix}.json"), None
         if is_hub_model(path):
-            return path / f"eval{suffix}.json", None
+            return path / f"eval{which}{suffix}.json", None
         path = find_checkpoint(path).resolve()  # of "." too: its name and folder are written
-        return path.parent / f"eval-{path.name.removeprefix('step-')}{suffix}.json", path
+        which = "" if of in (path, path.parent) else which  # what it holds out itself
+        return path.parent / f"eval-{path.name.removeprefix('step-')}{which}{suffix}.json", path
 
 
 def _from_here(path: Path) -> Path:
@@ -123,11 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.compare:
         file = Path(arguments.compare).expanduser()
         other = read_results(file if file.is_file() else arguments.results_of(arguments.compare)[0])
-        on_tasks = other.get("tasks") and (names or read_results(output).get("tasks"))
-        if not (on_tasks or (other.get("by_document") and (path or arguments.held_out_of))):
+        if not (other.get("tasks") or other.get("by_document")):
             raise ConfigError(
-                f"{arguments.compare} has no results of what is measured here; evaluate it first, with the same "
-                f"--tasks, --limit and --held_out_of"
+                f"{arguments.compare} has no results; evaluate it first, with the same --tasks, --limit, "
+                f"--held_out_of, --val_tokens and --precision"
+            )
+        on_text = other.get("by_document") and (path or arguments.held_out_of)
+        if not (on_text or (other.get("tasks") and (names or read_results(output).get("tasks")))):
+            raise ConfigError(
+                f"nothing is measured here that {arguments.compare} has results of; name some with --tasks, or a run "
+                f"with --held_out_of"
             )
     if not (path or names or arguments.held_out_of or read_results(output).get("tasks")):
         raise ConfigError(
@@ -190,11 +196,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = min(its.model.max_length, model.config.max_length)
         data = DatasetPrep(data_config, length, its.data.n_streams, tokenizer=tokenizer)
         trained_on = read_state(run)["data"]["identity"]
-        # A text's hash decides what is held out, in shards as well; but files here may be cut into other documents.
+        # Of text and its shards the files' hashes differ, and the same documents are held out; other files of the same
+        # form may hold others.
         same_form = bool(data_config.shards_dir) == bool(its.data.shards_dir)
-        for name, value in data.identity().items():
-            if same_form and name.startswith("files of") and trained_on.get(name) != value:
+        for name in (f"files of {source.name}" for source in data.sources):
+            if same_form and trained_on.get(name) != data.identity()[name]:
                 warn(f"warning: {name} changed since {run}: what is held out now may have been trained on")
+        same_text = path and {*config.data.current_datasets} & {*its.data.current_datasets}
+        if same_text and config.data.val_fraction < its.data.val_fraction:
+            warn(
+                f"warning: {arguments.checkpoint} held out {config.data.val_fraction:.1%} where {run} held out "
+                f"{its.data.val_fraction:.1%}: it may have been trained on some of these documents"
+            )
         byte_length = torch.from_numpy(tokenizer.token_byte_length).to(device)
         n = rows_to_score(arguments.batch_size, length, model.config.vocab_size)
         scores: dict[str, Score] = {}
@@ -207,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(scores) > 1:
             results["held_out"]["all"] = means_and_errors([*scores.values()])
         results["by_document"] = {
-            name: {"nats": score.nats.round(4).tolist(), "bytes": score.bytes.tolist()}
+            name: {"nats": score.nats.round(4).tolist(), "bytes": score.bytes.astype(int).tolist()}
             for name, score in scores.items()
         }
         say("\n" + table(results["held_out"], *HELD_OUT))
@@ -281,45 +294,60 @@ def table(rows: dict[str, dict[str, Any]], head: str, columns: str) -> str:
 
 def comparison(these: dict[str, Any], others: dict[str, Any]) -> str:
     """Results of evals.py beside others, on what both were asked: held-out documents, and tasks with their mean."""
-    from metrics import paired, paired_bits, same_documents
+    from metrics import pair_of, paired, paired_bits
 
-    lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
-    a, b = (results.get("by_document", {}) for results in (these, others))
-    pairs = {name: pair for name in a if name in b and (pair := same_documents(a[name], b[name]))}
+    held_out, tasks = ([results.get(key, {}) for results in (these, others)] for key in ("by_document", "tasks"))
+    a, b = held_out
+    pairs = {name: pair for name in a if name in b and (pair := pair_of(a[name], b[name]))}
     groups = {name: [pair] for name, pair in pairs.items()} | ({"all": [*pairs.values()]} if len(pairs) > 1 else {})
-    lines += _verdicts(
-        [(f"{name} bits/byte", *paired_bits(group)) for name, group in groups.items()], ".4f", "lower is better"
-    )
-    a, b = these["tasks"], others["tasks"]
-    rows: list[Difference] = []
-    for name in (name for name in a if b.get(name, {}).get("documents") == a[name]["documents"]):
+    of_bits = [Difference(f"{name} bits/byte", *paired_bits(group)) for name, group in groups.items()]
+    a, b = tasks
+    common = [name for name in a if b.get(name, {}).get("documents") == a[name]["documents"]]
+    of_tasks: list[Difference] = []
+    for name in common:
         metric = "acc_norm" if "acc_norm" in a[name] else "acc"
-        results = (a[name]["correct"][metric], b[name]["correct"][metric])
-        rows.append((f"{name} {metric}", a[name][metric], b[name][metric], *paired(*results)))
-    if len(rows) > 1:
-        this, other = sum(row[1] for row in rows) / len(rows), sum(row[2] for row in rows) / len(rows)
-        error = math.sqrt(sum(row[4] ** 2 for row in rows)) / len(rows)
+        found = paired(a[name]["correct"][metric], b[name]["correct"][metric])
+        of_tasks.append(Difference(f"{name} {metric}", a[name][metric], b[name][metric], *found))
+    if len(of_tasks) > 1:
+        n = len(of_tasks)
+        this, other = sum(row.this for row in of_tasks) / n, sum(row.other for row in of_tasks) / n
+        error = math.sqrt(sum(row.error**2 for row in of_tasks)) / n
         p = math.erfc(abs(other - this) / max(error, 1e-9) / math.sqrt(2))  # of a normal distribution, both sides
-        rows.append(("mean", this, other, other - this, error, p))
-    lines += _verdicts(rows, ".1%", "higher is better")
-    compared = {*pairs, *(row[0].rpartition(" ")[0] for row in rows)}
-    names = [*these.get("by_document", {}), *a]
-    lines += [f"{n:<24} not compared: the other was not asked these documents" for n in names if n not in compared]
+        of_tasks.append(Difference("mean", this, other, other - this, error, p))
+    most = SIGNIFICANT / max(1, len(of_bits) + len(of_tasks))
+    lines = [f"{'':<24}{'this':>9}{'other':>9}{'other - this':>20}{'p':>9}"]
+    lines += [row.line(".4f", most, higher_is_better=False) for row in of_bits]
+    lines += [row.line(".1%", most, higher_is_better=True) for row in of_tasks]
+    left = [name for name in held_out[0] if name not in pairs] + [name for name in tasks[0] if name not in common]
+    lines += [f"{name:<24} not compared: the other has no result of the same documents" for name in left]
     lines.append(f"noise: equally good models differ as much in more than one of {1 / SIGNIFICANT:.0f} comparisons")
     return "\n".join(lines)
 
 
-def _verdicts(rows: Sequence[Difference], form: str, order: str) -> list[str]:
-    """A line each."""
-    lines = []
-    for name, this, other, difference, error, p in rows:
-        found = p <= SIGNIFICANT / len(rows)  # never of a single document, whose error is NaN
-        other_wins = (difference > 0) == (order == "higher is better")
-        verdict = ("other better" if other_wins else "this better") if found else "noise"
-        spread, chance = ("-" if math.isnan(x) else format(x, f) for x, f in ((error, form), (p, ".4f")))
-        difference_shown = f"{difference:+{form}} +- {spread}"
-        lines.append(f"{name:<24}{this:>9{form}}{other:>9{form}}{difference_shown:>20}{chance:>9}  {verdict}")
-    return lines
+class Difference(NamedTuple):
+    """Of one model's results and another's: p is the chance of as large a difference between equal models."""
+
+    name: str
+    this: float
+    other: float
+    difference: float
+    error: float
+    p: float
+
+    def line(self, form: str, most: float, higher_is_better: bool) -> str:
+        """A line of the table. most: the greatest p that is no noise."""
+        verdict = "noise"
+        if self.p <= most:  # never of NaN
+            verdict = "other better" if (self.difference > 0) == higher_is_better else "this better"
+        values, forms = (
+            (self.this, self.other, self.difference, self.error, self.p),
+            (form, form, f"+{form}", form, ".4f"),
+        )
+        this, other, difference, error, p = (
+            "-" if math.isnan(x) else format(x, f) for x, f in zip(values, forms, strict=True)
+        )
+        verdict = "" if math.isnan(self.difference) else f"  {verdict}"
+        return f"{self.name:<24}{this:>9}{other:>9}{f'{difference} +- {error}':>20}{p:>9}{verdict}"
 
 
 def _cell(values: dict[str, float | None], name: str, form: str, width: str) -> str:

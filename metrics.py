@@ -61,7 +61,7 @@ def means_and_errors(datasets: Sequence[Score]) -> dict[str, float]:
     bits, bits_se = ratio([s.nats / math.log(2) for s in scores], [s.bytes for s in scores], tokens)
     top1, top1_se = ratio([s.top1 for s in scores], tokens, tokens)
     top5, top5_se = ratio([s.top5 for s in scores], tokens, tokens)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss >= 700 else math.exp(loss)
     return {
         "loss": loss, "loss_se": loss_se, "perplexity": perplexity, "perplexity_se": perplexity * loss_se,
         "bits_per_byte": bits, "bits_per_byte_se": bits_se, "top1": top1, "top1_se": top1_se, "top5": top5,
@@ -73,9 +73,10 @@ def means_and_errors(datasets: Sequence[Score]) -> dict[str, float]:
 def ratio(
     numerators: Sequence[np.ndarray], denominators: Sequence[np.ndarray], sizes: Sequence[np.ndarray]
 ) -> tuple[float, float]:
-    """sum / sum over independent documents of each dataset, and its standard error. sizes: the documents' tokens.
+    """sum / sum over independent documents of each dataset, and its standard error.
 
-    By the delta method, of documents drawn until each dataset has so many tokens (Cochran, Sampling Techniques, 1977,
+    sizes: of the documents, what each dataset has a fixed amount of, tokens or bytes. By the delta method, of documents
+    drawn until it has so much (Cochran, Sampling Techniques, 1977,
     chapter 6): how the datasets differ is no error. NaN where one has a single document.
     """
     total, variance = sum(d.sum() for d in denominators), 0.0
@@ -111,40 +112,60 @@ def paired(these: str, others: str) -> tuple[float, float, float]:
     return *mean_and_error(differences), p
 
 
-def p_of(differences: np.ndarray) -> float:
-    """How likely chance makes the sum of differences of independent documents as large, either way.
-
-    By a randomization test: which of two models is which is drawn anew for each document (Fisher, The Design of
-    Experiments, 1935), which holds for few documents, too. Of 9,999 draws, so that the least p is 0.0001.
-    """
-    draw, found = np.random.default_rng(0), 1
-    for _ in range(101):
-        signs = draw.integers(0, 2, (99, len(differences))) * 2 - 1
-        found += int((abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-9)).sum())
-    return found / 10_000
-
-
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # of documents that two models read: bytes, nats of the one, the other
 
 
-def same_documents(these: dict[str, list[float]], others: dict[str, list[float]]) -> Pair | None:
-    """Two models' results {"nats", "bytes"} of the documents that both read to the end; None for other documents.
+def pair_of(these: dict[str, list[float]], others: dict[str, list[float]]) -> Pair | None:
+    """Two models' results {"nats", "bytes"} of the same documents; None where these are others, or other parts of them.
 
-    They are in the same order; where tokenizers differ the last one may be cut off elsewhere.
+    Where tokenizers or contexts differ the last documents may be cut off elsewhere, and are left out.
     """
     a, b = these["bytes"], others["bytes"]
     n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if not n or max(len(a), len(b)) - n > 1:
+    if n < max(1, min(len(a), len(b)) - 1):
         return None
-    return np.array(a[:n]), np.array(these["nats"][:n]), np.array(others["nats"][:n])
+    return np.array(a[:n]), np.array(these["nats"][:n], dtype=float), np.array(others["nats"][:n], dtype=float)
 
 
 def paired_bits(datasets: Sequence[Pair]) -> tuple[float, float, float, float, float]:
     """(bits per byte of the one, of the other, others - these, its standard error over documents, p)."""
     n_bytes = [pair[0] for pair in datasets]
     this, other = (ratio([pair[i] / math.log(2) for pair in datasets], n_bytes, n_bytes)[0] for i in (1, 2))
-    difference, error = ratio([(pair[2] - pair[1]) / math.log(2) for pair in datasets], n_bytes, n_bytes)
-    return this, other, difference, error, p_of(np.concatenate([pair[2] - pair[1] for pair in datasets]))
+    differences = [(pair[2] - pair[1]) / math.log(2) for pair in datasets]
+    return this, other, *ratio(differences, n_bytes, n_bytes), randomization_test(differences, n_bytes)
+
+
+def randomization_test(differences: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> float:
+    """How likely chance makes the sum of independent documents' differences as large, in its standard errors.
+
+    Which of two models is which is drawn anew for each document (Fisher, The Design of Experiments, 1935), which holds
+    for few documents, too. Of 9,999 draws, so that the least p is 0.0001. NaN where a dataset has a single document, or
+    a difference is not finite.
+    """
+    if min(map(len, differences)) < 2 or not all(np.isfinite(d).all() for d in differences):
+        return math.nan
+    if not any(d.any() for d in differences):
+        return 1.0
+    draw = np.random.default_rng(0)
+
+    def errors_from_0(n: int, drawn: bool) -> np.ndarray:
+        """|sum| / its standard error, as `ratio` has it, of n draws: (n,)."""
+        total, variance = np.zeros(n), np.zeros(n)
+        for difference, size in zip(differences, sizes, strict=True):
+            of_draws = np.tile(difference, (n, 1))
+            if drawn:
+                of_draws *= 2 * draw.integers(0, 2, of_draws.shape) - 1
+            sums = of_draws.sum(axis=1)
+            residuals = of_draws - sums[:, None] / size.sum() * size
+            total += sums
+            variance += len(size) / (len(size) - 1) * np.square(residuals).sum(axis=1)
+        with np.errstate(divide="ignore"):  # of documents that all differ alike
+            return np.abs(total) / np.sqrt(variance)
+
+    found, least = 1, errors_from_0(1, drawn=False) * (1 - 1e-9)
+    for _ in range(101):  # few draws at a time, for the memory
+        found += int((errors_from_0(99, drawn=True) >= least).sum())
+    return found / 10_000
 
 
 def diversity(texts: list[str]) -> dict[str, float]:

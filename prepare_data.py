@@ -44,22 +44,13 @@ from errors import ConfigError, exit_code_of
 from files import whole_file, write_json
 from hub import DataError, reader
 from shards import write_shards
-from sources import (
-    Document,
-    EmptyStream,
-    Source,
-    Tokenized,
-    digest,
-    document_hash,
-    read_shard_settings,
-    resolve_source,
-)
+from sources import Document, EmptyStream, Source, Tokenized, digest, document_hash, read_shard_settings, resolve_source
 from tokenizer import Tokenizer, load_tiktoken, train_bpe, without_surrogates
 
 IGNORED = -1  # a target that is none: behind the last document of a run's last epoch
 STATE_FORMAT = 3
 _BPE_BYTES = 20_000_000  # of text that a tokenizer is trained on, at most
-_LOOKED_THROUGH = 2**27  # bytes: all of a dataset up to this large is looked through for its held-out rows
+_LOOKED_THROUGH = 2**27  # bytes of files: all of a dataset up to this large is looked through for held-out rows
 
 
 class StateMismatch(DataError):
@@ -184,7 +175,10 @@ class Batch:
 
 
 class HeldOut(NamedTuple):
-    """Packed rows (N, T+1) uint32, and of each of their targets the number of its document, (N, T)."""
+    """Packed rows (N, T+1) uint32, and of each of their targets the number of its document, (N, T).
+
+    End-of-text as a target is of the document that it ends.
+    """
 
     rows: np.ndarray
     documents: np.ndarray
@@ -373,9 +367,9 @@ class DatasetPrep:
 
         All its held-out documents are packed in the order of their hashes, each different text once, and of these rows
         data.val_tokens are taken at equal distances: the same for every process, every data.seed, and for texts and
-        shards. Of a dataset of more than _LOOKED_THROUGH bytes only the first documents that give data.val_tokens are
-        read, and of one cut by data.max_samples those of its first. Raises EmptyStream when there is too little
-        held-out text to fill a row.
+        shards. Where its files are more than _LOOKED_THROUGH bytes, or data.max_samples cuts it, only its first
+        documents are read, which differ in shards. Raises EmptyStream when there is too little held-out text to fill a
+        row.
         """
         return {source.name: self._validation_rows_of(source) for source in self.sources}
 
@@ -383,16 +377,16 @@ class DatasetPrep:
         c, T, eot_id = self.config, self._length, self.tokenizer.eot_id
         key = [source.identity, self.tokenizer.fingerprint, T, c.val_fraction, c.val_tokens, c.max_samples]
         path = self._cached("heldout", ["at equal distances", *key], ".npy")
-        table = _read_rows(path, self.tokenizer.n_vocab)
+        table = _read_rows(path, T, self.tokenizer.n_vocab)
         if table is None:
-            n_rows = max(1, c.val_tokens // T)
+            n_rows, is_large = max(1, c.val_tokens // T), sum(source.sizes) > _LOOKED_THROUGH
             found: dict[int, np.ndarray] = {}  # ids by the text's hash
             n_ids = 0
             for document in DocumentStream(source, _in_one_order(c), stream=0, n_streams=1, epochs=1, held_out=True):
                 if (its_hash := document_hash(document)) not in found:
                     found[its_hash] = encode(document, self.tokenizer)
                     n_ids += len(found[its_hash])
-                if n_ids > n_rows * T and sum(source.sizes) > _LOOKED_THROUGH:
+                if n_ids > n_rows * T and is_large:
                     break
             ids = np.concatenate([found[its_hash] for its_hash in sorted(found)])
             n_whole = (len(ids) - 1) // T
@@ -402,7 +396,8 @@ class DatasetPrep:
                     f"raise --data.val_fraction, or use --model.max_length {max(1, len(ids) - 1)}"
                 )
             number = np.cumsum(ids == eot_id)  # of each id's document
-            starts = T * np.linspace(0, n_whole - 1, min(n_rows, n_whole)).round().astype(int)
+            n_rows = min(n_rows, n_whole)
+            starts = T * ((np.arange(n_rows) + 0.5) * n_whole / n_rows).astype(int)
             table = np.stack([np.append(number[i], ids[i : i + T + 1]) for i in starts]).astype(np.uint32)
             with whole_file(path) as file:
                 np.save(file, table)
@@ -546,11 +541,11 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
         return None
 
 
-def _read_rows(path: Path, n_vocab: int) -> np.ndarray | None:
+def _read_rows(path: Path, length: int, n_vocab: int) -> np.ndarray | None:
     """The cached table of held-out rows, memory-mapped; None when there is none, or when the file is not whole."""
     try:
         table: np.ndarray = np.load(path, mmap_mode="r")
-        return table if table.ndim == 2 and int(table[:, 1:].max()) < n_vocab else None
+        return table if table.shape[1:] == (length + 2,) and int(table[:, 1:].max()) < n_vocab else None
     except (OSError, ValueError, EOFError):
         return None
 

@@ -114,8 +114,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def start_trackers(accelerator: Accelerator, config: Config, step: int) -> list[GeneralTracker]:
     """Those of train.trackers, started: a run that goes on at `step` goes on there too. Ended by end_training().
 
-    Raises ConfigError for one that does not start. accelerate's own init_trackers leaves such out
-    silently, and knows no names of runs.
+    Raises ConfigError for one that does not start. accelerate's own init_trackers leaves such out silently, and knows
+    no names of runs.
     """
     run_dir, name = config.train.run_dir, config.train.run_name
     settings = {"name": name, "config": config.to_dict(), "resume": "allow"}

@@ -36,7 +36,7 @@ from checkpoint import load_model
 from config import PRESETS, GenerationConfig
 from files import write_json
 from interop import to_tokenizer_json
-from metrics import Score, means_and_errors, score_rows
+from metrics import Score, means_and_errors, paired_bits, score_rows
 from prepare_data import DatasetPrep
 from sampling import generate_ids
 from tests.test_export import fuzzed
@@ -156,14 +156,9 @@ def demo(checkpoint: str, folder: Path) -> dict[str, Any]:
 
 def cost(score: Score, base: Score) -> dict[str, float]:
     """Bits per byte, and how many more than base's, with the standard error of that difference over rows."""
-    n, n_bytes = len(score.nats), score.bytes.sum()
-    more = (score.nats - base.nats) / np.log(2)
-    means = means_and_errors([score])
-    return {
-        "bits_per_byte": means["bits_per_byte"], "se": means["bits_per_byte_se"],
-        "more_than_f32": float(more.sum() / n_bytes),
-        "more_than_f32_se": float(np.sqrt(n / (n - 1) * np.square(more - more.mean()).sum()) / n_bytes),
-    }  # fmt: skip
+    _, bits, more, error, _ = paired_bits([(score.bytes, base.nats, score.nats)])
+    se = means_and_errors([score])["bits_per_byte_se"]
+    return {"bits_per_byte": bits, "se": se, "more_than_f32": more, "more_than_f32_se": error}
 
 
 def tokenizers(own: Tokenizer, folder: Path) -> dict[str, dict[str, int]]:

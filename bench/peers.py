@@ -9,7 +9,6 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,10 +45,9 @@ def save_smollm2(folder: Path) -> tuple[Any, Any]:
 def held_out_bits(logits_of: Callable[[Tensor], Tensor], data: DatasetPrep) -> float:
     """Bits per byte over all datasets of a model that is not ours: ids (B, T) -> logits (B, T, V)."""
     byte_length = torch.from_numpy(data.tokenizer.token_byte_length)
-    held_out = [its.rows for its in data.validation_rows().values()]
-    return means_and_errors([score_rows(logits_of, np.asarray(rows), byte_length, 16) for rows in held_out])[
-        "bits_per_byte"
-    ]
+    held_out = data.validation_rows().values()
+    scores = [score_rows(logits_of, its.rows, byte_length, 16) for its in held_out]
+    return means_and_errors(scores)["bits_per_byte"]
 
 
 class MeanLoss(nn.Module):

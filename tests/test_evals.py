@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import evals
 from errors import exit_code_of
-from metrics import Score, means_and_errors, score_rows, with_error
+from metrics import Score, means_and_errors, pair_of, randomization_test, score_rows, with_error
 
 
 def test_standard_errors_are_of_each_datasets_documents_however_they_lie_in_rows_and_batches() -> None:
@@ -92,6 +93,63 @@ def test_a_single_document_has_no_standard_error() -> None:
     assert with_error(found, "loss") == "2.1972 +- -"
     assert with_error(found | {"loss_se": 0.0123}, "loss") == "2.1972 +- 0.0123"
     assert found["documents"] == 1
+
+
+def test_held_out_documents_are_compared_in_pairs_which_tells_small_differences_from_noise() -> None:
+    draw = np.random.default_rng(0)
+    lengths, hardness = draw.integers(100, 5000, 40), draw.normal(1, 0.3, 40)
+
+    def result(better: float, last: int = 0) -> dict[str, Any]:  # by so many bits per byte, give or take
+        n_bytes = [*lengths.tolist(), 70 + last]  # of the last what fits
+        nats = math.log(2) * lengths * (hardness - better + draw.normal(0, 0.01, 40))
+        return {"nats": [*nats.tolist(), 50.0 + last], "bytes": n_bytes}
+
+    these = {"by_document": {"SOTU": result(0), "WIKI": result(0), "C4": result(0), "FINEWEB_EDU": result(0)}}
+    others = {"by_document": {"SOTU": result(0.02, last=5), "WIKI": result(-0.02), "FINEWEB_EDU": result(0)}}
+    others["by_document"]["C4"] = {"nats": [1.0] * 41, "bytes": [9] * 41}
+    text = evals.comparison(these | {"tasks": {}}, others | {"tasks": {}})
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        [name, "bits/byte"] for name in ("SOTU", "WIKI", "FINEWEB_EDU", "all")
+    ]
+    assert [line.split()[-2:] for line in lines[1:3]] == [["other", "better"], ["this", "better"]]
+    assert lines[3].split()[-1] == "noise"
+    assert lines[5] == f"{'C4':<24} not compared: the other has no result of the same documents"
+    this, other, difference, error = (float(word) for word in lines[1].replace("+-", "").split()[2:6])
+    assert other - this == pytest.approx(difference, abs=2e-4)
+    assert difference == pytest.approx(-0.02, abs=0.01)
+    assert error < 0.004 < 0.1 * hardness.std()  # of the difference, and not of what makes some documents hard
+
+
+def test_chance_is_how_often_the_models_exchanged_at_random_differ_as_much() -> None:
+    def p(*datasets: list[float]) -> float:
+        return randomization_test([np.array(d) for d in datasets], [np.ones(len(d)) for d in datasets])
+
+    assert p([0.1] * 6) == pytest.approx(2 / 2**6, rel=0.2)  # of the draws all heads and all tails
+    assert p([0.3, 0.1, -0.1]) == pytest.approx(6 / 2**3, rel=0.1)
+    assert p([0.0] * 6) == 1
+    assert p([-1.0] * 40) == 0.0001
+    draw = np.random.default_rng(0)  # two datasets that differ, each as one would draw it again
+    assert p([*draw.normal(100, 5, 11)], [*draw.normal(-2, 0.5, 300)]) < 0.01
+    assert math.isnan(p([1.0], [1.0, 2.0]))
+    assert math.isnan(p([1.0, math.nan, 2.0]))
+
+
+def test_scores_that_are_not_finite_have_no_verdict() -> None:
+    these = {"by_document": {"SOTU": {"nats": [1.0, None, 3.0], "bytes": [1, 2, 3]}}, "tasks": {}}  # null of JSON
+    others = {"by_document": {"SOTU": {"nats": [1.0, 2.0, 3.0], "bytes": [1, 2, 3]}}, "tasks": {}}
+    line = evals.comparison(these, others).splitlines()[1]
+    assert line.split() == ["SOTU", "bits/byte", "-", "1.4427", "-", "+-", "-", "-"]
+
+
+def test_documents_at_the_end_may_be_cut_off_elsewhere_by_another_tokenizer() -> None:
+    whole: dict[str, list[float]] = {"nats": [1.0] * 9, "bytes": [5.0, 6, 7, 8, 9, 5, 6, 7, 8]}
+    shorter: dict[str, list[float]] = {"nats": [2.0] * 5, "bytes": [5.0, 6, 7, 8, 2]}
+    pair = pair_of(whole, shorter)
+    assert pair is not None
+    assert [its.tolist() for its in pair] == [[5, 6, 7, 8], [1] * 4, [2] * 4]
+    assert pair_of(whole, {"nats": [2.0] * 3, "bytes": [5.0, 9, 7]}) is None
 
 
 def test_the_table_fits_100_columns_and_shows_what_is_unknown_as_a_dash() -> None:

@@ -13,13 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import evals
 import tasks
 from errors import exit_code_of
-from metrics import diversity, p_of, paired
+from metrics import diversity, paired
 from tasks import TASKS, Document
 from tests.conftest import GETTYSBURG
 from tests.loopback_hub import Hub, write_card
@@ -292,40 +291,6 @@ def test_the_comparison_tells_differences_from_noise_and_fits_100_columns() -> N
     assert "not compared" in lines[4]
 
 
-def test_held_out_documents_are_compared_in_pairs_which_tells_small_differences_from_noise() -> None:
-    draw = np.random.default_rng(0)
-    lengths, hardness = draw.integers(100, 5000, 40), draw.normal(1, 0.3, 40)
-
-    def result(better: float, last: int = 0) -> dict[str, Any]:  # by so many bits per byte, give or take
-        n_bytes = [*lengths.tolist(), 70 + last]  # of the last what fits
-        nats = math.log(2) * lengths * (hardness - better + draw.normal(0, 0.01, 40))
-        return {"nats": [*nats.tolist(), 50.0 + last], "bytes": n_bytes}
-
-    these = {"by_document": {"SOTU": result(0), "WIKI": result(0), "C4": result(0), "FINEWEB_EDU": result(0)}}
-    others = {"by_document": {"SOTU": result(0.02, last=5), "WIKI": result(-0.02), "FINEWEB_EDU": result(0)}}
-    others["by_document"]["C4"] = {"nats": [1.0] * 41, "bytes": [9] * 41}
-    text = evals.comparison(these | {"tasks": {}}, others | {"tasks": {}})
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
-    assert [line.split()[:2] for line in lines[1:5]] == [
-        [name, "bits/byte"] for name in ("SOTU", "WIKI", "FINEWEB_EDU", "all")
-    ]
-    assert [line.split()[-2:] for line in lines[1:3]] == [["other", "better"], ["this", "better"]]
-    assert lines[3].split()[-1] == "noise"
-    assert lines[5] == f"{'C4':<24} not compared: the other was not asked these documents"
-    this, other, difference, error = (float(word) for word in lines[1].replace("+-", "").split()[2:6])
-    assert other - this == pytest.approx(difference, abs=2e-4)
-    assert difference == pytest.approx(-0.02, abs=0.01)
-    assert error < 0.004 < 0.1 * hardness.std()  # of the difference, and not of what makes some documents hard
-
-
-def test_chance_is_how_often_the_models_exchanged_at_random_differ_as_much() -> None:
-    assert p_of(np.full(6, 0.1)) == pytest.approx(2 / 2**6, rel=0.2)  # of the draws all heads and all tails
-    assert p_of(np.array([0.3, 0.1, -0.1])) == pytest.approx(6 / 2**3, rel=0.1)
-    assert p_of(np.zeros(6)) == p_of(np.ones(1)) == 1
-    assert p_of(np.full(40, -1.0)) == 0.0001
-
-
 def test_one_document_of_each_task_tells_nothing() -> None:
     these, others = ({"acc": x, "correct": {"acc": str(x)}, "documents": "d"} for x in (0, 1))
     results = [{"tasks": {"piqa": of, "boolq": of}} for of in (these, others)]
@@ -519,7 +484,7 @@ def test_a_file_that_is_no_result_is_nothing_to_compare_with(
     (tmp_path / "other.json").write_text(content)
     arguments = [str(llama), "--tasks", "piqa", "--compare", str(tmp_path / "other.json")]
     assert exit_code_of(lambda: evals.main(arguments)) == 2
-    assert "has no results of what is measured here" in capsys.readouterr().err
+    assert "has no results; evaluate it first" in capsys.readouterr().err
 
 
 def test_a_model_of_hugging_faces_holds_nothing_out(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -536,7 +501,7 @@ def test_a_model_of_hugging_faces_without_a_task_is_refused(llama: Path, capsys:
 def test_a_comparison_of_no_tasks_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text('{"tasks": {"piqa": {}}}')
     assert exit_code_of(lambda: evals.main([str(llama), "--compare", str(tmp_path / "other.json")])) == 2
-    assert "has no results of what is measured here" in capsys.readouterr().err
+    assert "name some with --tasks" in capsys.readouterr().err
 
 
 def test_without_transformers_the_remedy_is_one_line(
