@@ -376,7 +376,7 @@ class DatasetPrep:
     def _validation_rows_of(self, source: Source) -> HeldOut:
         c, T, eot_id = self.config, self._length, self.tokenizer.eot_id
         key = [source.identity, self.tokenizer.fingerprint, T, c.val_fraction, c.val_tokens, c.max_samples]
-        path = self._cached("heldout", ["at equal distances", *key], ".npy")
+        path = self._cached("heldout", ["evenly", *key], ".npy")
         table = _read_rows(path, T, self.tokenizer.n_vocab)
         if table is None:
             n_rows, is_large = max(1, c.val_tokens // T), sum(source.sizes) > _LOOKED_THROUGH
