@@ -178,9 +178,13 @@ def test_a_new_run_begins_with_the_weights_and_tokenizer_of_another(runs: Runs, 
         command += ["--compare", str(runs.folder / "whole")] if run == "child" else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         assert "may have been trained on" not in done.stderr
-        name = f"{run}/eval-{step:08d}-child.json"
+        name = f"{run}/eval-{step:08d}{'' if run == 'child' else '-child'}.json"  # its own are under its own name
         held_out[run] = json.loads((runs.folder / name).read_text())["held_out"]["LOCAL"]
-    assert re.search(r"^LOCAL bits/byte .* \+- 0\.\d{4} .* this better$", done.stdout, re.MULTILINE)
+    line = re.search(r"^LOCAL bits/byte +(\d\.\d+) +(\d\.\d+) +\+(\d\.\d+) ", done.stdout, re.MULTILINE)
+    assert line, done.stdout
+    this, other, difference = map(float, line.groups())
+    assert this == pytest.approx(held_out["child"]["bits_per_byte"], abs=1e-3)
+    assert difference == pytest.approx(other - this, abs=2e-4)
     last = [r for r in runs.records("child") if r["kind"] == "validation"][-1]
     assert held_out["child"]["loss"] == pytest.approx(last["datasets"]["LOCAL"]["loss"], rel=2e-3)
     assert held_out["child"]["tokens"] == held_out["whole"]["tokens"]
