@@ -248,11 +248,12 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.is_dir():
         beside = [] if path.exists() else [p.name for p in path.parent.glob("*") if p.is_dir()]
-        if (step := re.fullmatch(r"step-(\d{1,8})", path.name)) and (padded := f"step-{int(step[1]):08d}") in beside:
-            raise CheckpointError(f"{asked} is not there; did you mean {asked.parent / padded}?")
-        if not path.exists() and (run := asked.parent / "checkpoints" / asked.name).is_dir():
-            raise CheckpointError(f"{asked} is not there; did you mean {run}?")
-        if near := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7):
+        step = re.fullmatch(r"step-(\d{1,8})", path.name)
+        near = [name for name in beside if step and name == f"step-{int(step[1]):08d}"]
+        if not path.exists() and (path.parent / "checkpoints" / path.name).is_dir():
+            near.append(f"checkpoints/{path.name}")
+        near += difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+        if near:
             raise CheckpointError(f"{asked} is not there; did you mean {asked.parent / near[0]}?")
         raise CheckpointError(
             f"{asked} is {'a file' if path.exists() else 'not there'}; give the folder of a run, such as "

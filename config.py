@@ -502,11 +502,12 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
 
     Exits with 0 for --help and 2 for a usage error (tyro's, with a suggestion); raises ConfigError.
     """
-    words, arguments = list(sys.argv[1:] if argv is None else argv), list[str]()
+    words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-"):
         raise ConfigError(
             f"{words[0]} is no option: give settings as --train.max_steps 100, and many at once as --preset demo"
         )
+    arguments: list[str] = []
     for word in words:  # --name=value of these two as two words, like --name value
         its_own = word.replace("-", "_").startswith(("__preset=", "__train.batch_size="))
         arguments += word.split("=", 1) if its_own else [word]

@@ -104,15 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from files import write_json
     from hardware import AUTOCAST_DTYPES, choose_precision, default_device, describe
     from hub import DataError
-    from metrics import (
-        Score,
-        diversity,
-        means_and_errors,
-        read_results,
-        rows_to_score,
-        score_rows,
-        without_nan,
-    )
+    from metrics import Score, diversity, means_and_errors, read_results, rows_to_score, score_rows, without_nan
     from prepare_data import DatasetPrep
     from runtime import check_launcher
     from sampling import generate_text
@@ -199,9 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Of text and its shards the files' hashes differ, and the same documents are held out; other files of the same
         # form may hold others.
         same_form = bool(data_config.shards_dir) == bool(its.data.shards_dir)
-        for name in (f"files of {source.name}" for source in data.sources):
-            if same_form and trained_on.get(name) != data.identity()[name]:
-                warn(f"warning: {name} changed since {run}: what is held out now may have been trained on")
+        for source in data.sources:
+            if same_form and trained_on.get(f"files of {source.name}") != source.identity:
+                warn(f"warning: files of {source.name} changed since {run}: what is held out may have been trained on")
         same_text = path and {*config.data.current_datasets} & {*its.data.current_datasets}
         if same_text and config.data.val_fraction < its.data.val_fraction:
             warn(
@@ -336,25 +328,24 @@ class Difference(NamedTuple):
 
     def line(self, form: str, most: float, higher_is_better: bool) -> str:
         """A line of the table. most: the greatest p that is no noise."""
-        verdict = "noise"
-        if self.p <= most:  # never of NaN
-            verdict = "other better" if (self.difference > 0) == higher_is_better else "this better"
-        values, forms = (
-            (self.this, self.other, self.difference, self.error, self.p),
-            (form, form, f"+{form}", form, ".4f"),
-        )
-        this, other, difference, error, p = (
-            "-" if math.isnan(x) else format(x, f) for x, f in zip(values, forms, strict=True)
-        )
-        verdict = "" if math.isnan(self.difference) else f"  {verdict}"
-        return f"{self.name:<24}{this:>9}{other:>9}{f'{difference} +- {error}':>20}{p:>9}{verdict}"
+        from metrics import shown
+
+        difference = f"{shown(self.difference, f'+{form}')} +- {shown(self.error, form)}"
+        line = f"{self.name:<24}{shown(self.this, form):>9}{shown(self.other, form):>9}{difference:>20}"
+        line += f"{shown(self.p, '.4f'):>9}"
+        if math.isnan(self.difference):
+            return line
+        if not self.p <= most:  # or NaN
+            return f"{line}  noise"
+        return f"{line}  {'other' if (self.difference > 0) == higher_is_better else 'this'} better"
 
 
 def _cell(values: dict[str, float | None], name: str, form: str, width: str) -> str:
+    from metrics import shown
+
     parts = [values[key] for key in (name, f"{name}_se") if key in values]
     forms = (".1e" if x and abs(x) >= 1e5 else form for x in parts)  # such a perplexity would burst its column
-    cells = ("-" if x is None or math.isnan(x) else format(x, form) for x, form in zip(parts, forms, strict=True))
-    return " +- ".join(cells).rjust(int(width))
+    return " +- ".join(map(shown, parts, forms)).rjust(int(width))
 
 
 if __name__ == "__main__":

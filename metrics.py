@@ -76,8 +76,8 @@ def ratio(
     """sum / sum over independent documents of each dataset, and its standard error.
 
     sizes: of the documents, what each dataset has a fixed amount of, tokens or bytes. By the delta method, of documents
-    drawn until it has so much (Cochran, Sampling Techniques, 1977,
-    chapter 6): how the datasets differ is no error. NaN where one has a single document.
+    drawn until it has so much (Cochran, Sampling Techniques, 1977, chapter 6): how the datasets differ is no error. NaN
+    where one has a single document.
     """
     total, variance = sum(d.sum() for d in denominators), 0.0
     value = sum(x.sum() for x in numerators) / total
@@ -89,10 +89,9 @@ def ratio(
     return float(value), math.sqrt(variance) / float(total)
 
 
-def with_error(means: dict[str, float], name: str) -> str:
-    """ "1.2345 +- 0.0067", of means_and_errors; of a single document "1.2345 +- -"."""
-    error = means[f"{name}_se"]
-    return f"{means[name]:.4f} +- " + ("-" if math.isnan(error) else f"{error:.4f}")
+def shown(value: float | None, form: str) -> str:
+    """A number as it is shown, "-" where there is none: NaN, or null of a JSON file."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -142,29 +141,14 @@ def randomization_test(differences: Sequence[np.ndarray], sizes: Sequence[np.nda
     for few documents, too. Of 9,999 draws, so that the least p is 0.0001. NaN where a dataset has a single document, or
     a difference is not finite.
     """
-    if min(map(len, differences)) < 2 or not all(np.isfinite(d).all() for d in differences):
+    value, error = ratio(differences, sizes, sizes)
+    if math.isnan(error):
         return math.nan
-    if not any(d.any() for d in differences):
-        return 1.0
-    draw = np.random.default_rng(0)
-
-    def errors_from_0(n: int, drawn: bool) -> np.ndarray:
-        """|sum| / its standard error, as `ratio` has it, of n draws: (n,)."""
-        total, variance = np.zeros(n), np.zeros(n)
-        for difference, size in zip(differences, sizes, strict=True):
-            of_draws = np.tile(difference, (n, 1))
-            if drawn:
-                of_draws *= 2 * draw.integers(0, 2, of_draws.shape) - 1
-            sums = of_draws.sum(axis=1)
-            residuals = of_draws - sums[:, None] / size.sum() * size
-            total += sums
-            variance += len(size) / (len(size) - 1) * np.square(residuals).sum(axis=1)
-        with np.errstate(divide="ignore"):  # of documents that all differ alike
-            return np.abs(total) / np.sqrt(variance)
-
-    found, least = 1, errors_from_0(1, drawn=False) * (1 - 1e-9)
-    for _ in range(101):  # few draws at a time, for the memory
-        found += int((errors_from_0(99, drawn=True) >= least).sum())
+    draw, found = np.random.default_rng(0), 1
+    for _ in range(9999):
+        exchanged = [d * (2 * draw.integers(0, 2, len(d)) - 1) for d in differences]
+        drawn_value, drawn_error = ratio(exchanged, sizes, sizes)
+        found += abs(drawn_value) * error >= abs(value) * drawn_error * (1 - 1e-9)  # errors may be 0
     return found / 10_000
 
 

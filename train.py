@@ -101,7 +101,7 @@ def train(config: Config) -> int:
         why_not_compile,
     )
     from memory import fitting_batch_size, usable_memory
-    from metrics import Meter, MetricsFile, amount, code_version, duration, log_line, plot_loss, with_error
+    from metrics import Meter, MetricsFile, amount, code_version, duration, log_line, plot_loss, shown
     from model import GPT
     from optim import build_optimizers, lr_factor_at, set_learning_rates
     from prepare_data import DatasetPrep
@@ -313,8 +313,8 @@ def train(config: Config) -> int:
             scores = validation_scores(accelerator, model, held_out, token_byte_length, config.eval.batch_size)
         for name, s in scores.items() if len(held_out) > 1 else [*scores.items()][:1]:
             say(
-                f"  held out {name:<12} loss {with_error(s, 'loss')} | bits/byte {with_error(s, 'bits_per_byte')} | "
-                f"top-1 {s['top1']:.1%}"
+                f"  held out {name:<12} loss {s['loss']:.4f} +- {shown(s['loss_se'], '.4f')} | bits/byte "
+                f"{s['bits_per_byte']:.4f} +- {shown(s['bits_per_byte_se'], '.4f')} | top-1 {s['top1']:.1%}"
             )
         mix = data.mix()
         say(f"  mix so far   {', '.join(f'{name} {share:.2%}' for name, share in mix.items())}")
