@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import optim
-from model import GPT, Block
+from model import GPT, Attention, Block
 from prepare_data import IGNORED, Batch, DatasetPrep
 
 STEP = [0]  # optimizer steps done, for schedules
@@ -124,7 +124,61 @@ def first_input_shortcut() -> None:
     Block.__init__, Block.forward = init, forward  # type: ignore[method-assign]
 
 
+def documents_apart() -> None:
+    """No token looks beyond its own document, in training and validation; with --train.no_compile, and data.tokenizer
+    bpe, whose last id is end-of-text."""
+    plain, plain_attention = GPT.forward, Attention.forward
+    apart: list[Tensor | None] = [None]
+
+    def forward(self: GPT, ids: Tensor, targets: Tensor | None = None, cache: Any = None, *a: Any, **k: Any) -> Tensor:
+        of = (ids == self.config.vocab_size - 1).cumsum(dim=1)  # (B, T), which of the row's documents
+        causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
+        apart[0] = None if cache is not None else (of[:, None, :, None] == of[:, None, None, :]) & causal
+        return plain(self, ids, targets, cache, *a, **k)
+
+    def attend(
+        self: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, layer: int, mask: Any = None
+    ) -> Tensor:
+        return plain_attention(self, x, cos, sin, cache, layer, apart[0])
+
+    GPT.forward, Attention.forward = forward, attend  # type: ignore[method-assign]
+
+
 # ---- the optimizer ------------------------------------------------------------------------------
+
+
+def weights_averaged(decay: float) -> Callable[[], None]:
+    """What is validated are not the weights but their running mean (EMA), of the last 1 / (1 - decay) steps or so."""
+
+    def change() -> None:
+        import runtime
+
+        plain_build, plain_validation = optim.build_optimizers, runtime.validation_scores
+        of: list[tuple[Tensor, Tensor]] = []  # weights and their means
+
+        def build_optimizers(model: GPT, config: Any) -> list[torch.optim.Optimizer]:
+            optimizers = plain_build(model, config)
+            of[:] = [(p, p.detach().clone()) for p in model.parameters()]
+
+            def average(*_: Any) -> None:
+                n[0] += 1
+                torch._foreach_lerp_([mean for _, mean in of], [p for p, _ in of], max(1 - decay, 1 / n[0]))
+
+            n = [0]
+            optimizers[-1].register_step_post_hook(torch.no_grad()(average))
+            return optimizers
+
+        def validation_scores(*a: Any) -> Any:
+            with torch.no_grad():
+                before = [p.clone() for p, _ in of]
+                torch._foreach_copy_([p for p, _ in of], [mean for _, mean in of])
+                scores = plain_validation(*a)
+                torch._foreach_copy_([p for p, _ in of], before)
+            return scores
+
+        optim.build_optimizers, runtime.validation_scores = build_optimizers, validation_scores
+
+    return change
 
 
 def momentum_warmup(steps: int, low: float = 0.85) -> Callable[[], None]:
@@ -351,6 +405,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "qk-gain-1.5": qk_gain(math.sqrt(1.5)),
     "residual-scalars": residual_scalars,
     "first-input-shortcut": first_input_shortcut,
+    "documents-apart": documents_apart,
+    "weights-averaged-10": weights_averaged(0.9),
+    "weights-averaged-50": weights_averaged(0.98),
     "momentum-warmup-100": momentum_warmup(100),
     "momentum-0.9": momentum_of(0.9),
     "muon-by-kind": muon_by_kind,
