@@ -257,7 +257,8 @@ def find_checkpoint(path: Path) -> Path:
             raise CheckpointError(f"{asked} is not there; did you mean {asked.parent / near[0]}?")
         raise CheckpointError(
             f"{asked} is {'a file' if path.exists() else 'not there'}; give the folder of a run, such as "
-            f"checkpoints/demo, one of its step-* folders, or that of a model of Hugging Face's"
+            f"checkpoints/demo, one of its step-* folders, or that of a model of Hugging Face's (for evals.py also its "
+            f"name on the hub, with the owner's, as in openai-community/gpt2)"
         )
     newest = newest_checkpoint(path)
     if newest is None:

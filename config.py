@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import re
@@ -265,6 +266,11 @@ class TrainingConfig:
             self.optimizer != "adamw" or self.lr <= 0.01,
             f"train.lr {self.lr} is a rate for Muon; with train.optimizer adamw try 6e-4 for a large model, "
             f"4e-3 for a small one (at most 0.01)",
+        )
+        _require(
+            self.lr <= 1,
+            f"train.lr is {self.lr}; use at most 1: Muon moves a matrix's outputs by about so much a step, and the "
+            f"presets have 0.02 and 0.03",
         )
         _require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.run_name) is not None,
@@ -531,6 +537,14 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
         if word.startswith("--") and (here := OTHER_NAMES.get(name) or ("." not in option and _in_groups(name, kind))):
             raise ConfigError(f"there is no {option}; here it is {here}")
     default = kind(**vars(copy.deepcopy(PRESETS[preset])))
+    for option, value in [*itertools.pairwise(arguments), *(w.split("=", 1) for w in arguments if "=" in w)]:
+        names = option.removeprefix("--").replace("-", "_").split(".")
+        switch: Any = default
+        for name in names:
+            switch = getattr(switch, name, None)
+        if isinstance(switch, bool) and value.lower() in ("true", "false"):
+            off = ".".join([*names[:-1], f"no_{names[-1]}"])
+            raise ConfigError(f"{option} is a switch, without a value: --{'.'.join(names)} is on, --{off} off")
     config = parse_arguments(kind, arguments, default=default, description=description)
     return config.validate(processes())
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ class Arguments(GenerationConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if len(words) > 1 and not any(word.startswith("-") for word in words[:2]):
+        raise ConfigError(f"{words[1]!r} is no option; a text is given as --prompt {shlex.quote(words[1])}")
     arguments = parse_arguments(Arguments, argv)
     arguments.validate()
     if arguments.temperature == 0 and arguments.num_samples > 1:

@@ -1,6 +1,7 @@
 """Show one run, or several side by side:  python scripts/report.py checkpoints/demo [another run ...]
 
-Writes report.html into the first run's folder (or to --output): one page that opens in any browser, without a network.
+Writes report.html into the run's folder, of several runs compared.html into the first one's (or to --output): one page
+that opens in any browser, without a network.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Arguments:
     """A page of runs: losses, speed, samples, settings. A run that is under way may be looked at too."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs, such as checkpoints/demo
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""  # the page; empty: report.html in the first run's folder
+    # the page; empty: report.html in the run's folder, of several runs compared.html in the first one's
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
 
 
 @dataclass
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"{len(folders)} runs are given; name the folders of 1 to {COLOURS}, such as checkpoints/demo"
         )
-    output = Path(arguments.output).expanduser() if arguments.output else folders[0] / "report.html"
+    default = folders[0] / ("report.html" if len(folders) == 1 else "compared.html")
+    output = Path(arguments.output).expanduser() if arguments.output else default
     names = [folder.resolve().name for folder in folders]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
     runs = [load_run(folder, label) for folder, label in zip(folders, labels, strict=True)]

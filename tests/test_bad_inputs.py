@@ -113,7 +113,7 @@ class Ground:
             lock.close()
 
     def generate(self, *options: str) -> int:
-        return generate.main([str(self.run), "--max_tokens", "3", *options])
+        return generate.main([str(self.run), *options, "--max_tokens", "3"])
 
     def data(self, content: Any, name: str = "texts.jsonl", length: int = 32, rows: int = 1) -> DatasetPrep:
         """One's own text, read once."""
@@ -343,7 +343,7 @@ CASES: list[tuple[int, str, Call, int, str]] = [
     (3, "NaN", settings("--train.lr", "nan"), 2, "train.lr is nan; use a positive number"),
     (3, "inf", settings("--train.lr", "inf"), 2, "train.lr is inf"),
     (3, "negative", settings("--train.lr", "-0.1"), 2, "train.lr is -0.1"),
-    (3, "1e300", settings("--train.lr", "1e300"), 2, "train.lr is 1e+300; use at most 1e+30"),
+    (3, "1e300", settings("--train.lr", "1e300"), 2, "train.lr is 1e+300; use at most 1: Muon"),
     (4, "heads", settings("--model.d_model", "250"), 2, "try d_model 240, or set model.head_dim"),
     (5, "warm-up", settings("--train.max_steps", "9"), 2, "and the whole run has 9; try --train.warmup_tokens"),
     (6, "batch", settings("--train.batch_size", "3"), 2, "try train.gradient_accumulation_steps 16"),
@@ -399,6 +399,7 @@ CASES: list[tuple[int, str, Call, int, str]] = [
     (26, "one character", one_character, 0, ""),
     (30, "long prompt", lambda g: g.generate("--prompt", "word " * 300), 0, "tokens; the model sees its last 32"),
     (31, "empty prompt", lambda g: g.generate("--prompt", ""), 0, ""),
+    (31, "a text without --prompt", lambda g: g.generate("Four score and"), 2, "text is given as --prompt 'Four score"),
     (31, "no such file", lambda g: g.generate("--prompt", f"@{g.folder}/no"), 2, "there is no file '"),
     (32, "greedy", lambda g: g.generate("--temperature", "0"), 0, ""),
     (32, "negative", lambda g: g.generate("--temperature", "-1"), 2, "temperature is -1.0; use 0 (greedy)"),

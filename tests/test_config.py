@@ -277,12 +277,19 @@ def test_a_run_that_goes_on_keeps_its_rows_so_its_warm_up_is_not_judged_by_fewer
         (["--out_dir=foo"], "there is no --out_dir; here it is --train.out_dir"),
         (["--seed", "1"], "here it is --data.seed or --train.seed or --generation.seed"),
         (["--no-compile"], "there is no --no-compile; here it is --train.no_compile"),
+        (["--train.compile", "False"], "without a value: --train.compile is on, --train.no_compile off"),
+        (["--preset", "demo", "--train.fsdp=true"], "--train.fsdp is a switch, without a value"),
+        (["--resume", "true"], "--resume is a switch, without a value: --resume is on, --no_resume off"),
         (["config/train_shakespeare_char.py", "--train.lr", "1e-3"], "config/train_shakespeare_char.py is no option"),
     ],
 )
 def test_who_comes_from_another_trainer_is_told_our_name_of_a_setting(options: list[str], told: str):
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config(options, "", Config)
+
+
+def test_a_text_may_be_a_word_that_is_no_value_of_a_switch():
+    assert load_config(["--train.run_name", "false"], "", Config).train.run_name == "false"
 
 
 def test_names_of_other_trainers_are_none_of_ours_and_lead_to_ours():

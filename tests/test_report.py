@@ -103,6 +103,16 @@ def test_a_folder_without_a_run_is_one_line(
     assert not (tmp_path / "run/report.html").exists()
 
 
+def test_a_page_of_several_runs_leaves_that_of_the_first_one_alone(tmp_path: Path):
+    one, other = (str(make_run(tmp_path / name, 3)) for name in ("one", "other"))
+    assert report.main([one]) == report.main([one, other]) == 0
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("*/*.html")} == {
+        "one/report.html",
+        "one/compared.html",
+    }
+    assert "other" not in (tmp_path / "one/report.html").read_text().partition("</title>")[0]
+
+
 def test_a_start_names_the_commit_of_the_code_and_of_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def git(*words: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
