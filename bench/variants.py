@@ -233,6 +233,24 @@ def muon_unsplit() -> None:
     GPT.block_matrices = lambda self: [(weight, (weight.size(0),)) for weight, _ in plain(self)]  # type: ignore[method-assign]
 
 
+def muon_in_parts(up: int, down: int) -> Callable[[], None]:
+    """The MLP's gate and up as so many matrices each, of neighbouring rows, and down as so many."""
+    plain = GPT.block_matrices
+
+    def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
+        c, found = self.config, []
+        for weight, rows in plain(self):
+            parts = up * len(rows) if weight.size(0) == (1 + (c.mlp == "swiglu")) * c.d_ff else 1
+            parts = down if weight.size(1) == c.d_ff else parts
+            found.append((weight, (weight.size(0) // parts,) * parts if parts > 1 else rows))
+        return found
+
+    def change() -> None:
+        GPT.block_matrices = block_matrices  # type: ignore[method-assign]
+
+    return change
+
+
 def cautious_decay() -> None:
     """Decay only where the update goes towards zero as well (arXiv:2411.16085 for the idea)."""
     plain = optim.Muon.step
@@ -412,6 +430,10 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "momentum-0.9": momentum_of(0.9),
     "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
+    "muon-up-in-parts": muon_in_parts(4, 1),
+    "muon-down-in-parts": muon_in_parts(1, 2),
+    "muon-mlp-in-parts": muon_in_parts(4, 2),
+    "muon-mlp-in-64s": muon_in_parts(11, 4),
     "cautious-decay": cautious_decay,
     "normuon": normuon,
     "polar-5": other_polynomials(*FROM_1E_3),
