@@ -233,16 +233,16 @@ def muon_unsplit() -> None:
     GPT.block_matrices = lambda self: [(weight, (weight.size(0),)) for weight, _ in plain(self)]  # type: ignore[method-assign]
 
 
-def muon_in_parts(up: int, down: int) -> Callable[[], None]:
-    """The MLP's gate and up as so many matrices each, of neighbouring rows, and down as so many."""
+def muon_in_parts(up: int, down: int, out: int = 2**62) -> Callable[[], None]:
+    """So many neighbouring rows of gate and up, of down and of attention's output are a matrix of their own."""
     plain = GPT.block_matrices
 
     def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
-        c, found = self.config, []
+        found = []
         for weight, rows in plain(self):
-            parts = up * len(rows) if weight.size(0) == (1 + (c.mlp == "swiglu")) * c.d_ff else 1
-            parts = down if weight.size(1) == c.d_ff else parts
-            found.append((weight, (weight.size(0) // parts,) * parts if parts > 1 else rows))
+            size = {(2, self.config.d_model): up, (1, self.config.d_ff): down}.get((len(rows), weight.size(1)))
+            size = out if weight.size(0) == weight.size(1) else size or 2**62
+            found.append((weight, tuple(n for row in rows for n in [size] * (row // size) + [row % size] if n)))
         return found
 
     def change() -> None:
@@ -430,10 +430,10 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "momentum-0.9": momentum_of(0.9),
     "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
-    "muon-up-in-parts": muon_in_parts(4, 1),
-    "muon-down-in-parts": muon_in_parts(1, 2),
-    "muon-mlp-in-parts": muon_in_parts(4, 2),
-    "muon-mlp-in-64s": muon_in_parts(11, 4),
+    "muon-mlp-in-64s": muon_in_parts(64, 64),
+    "muon-mlp-in-32s": muon_in_parts(32, 32),
+    "muon-mlp-in-16s": muon_in_parts(16, 16),
+    "muon-all-in-64s": muon_in_parts(64, 64, 64),
     "cautious-decay": cautious_decay,
     "normuon": normuon,
     "polar-5": other_polynomials(*FROM_1E_3),
