@@ -90,7 +90,9 @@ class DocumentStream:
                 self._drawn += 1
                 if not document:
                     self.n_empty += 1
-                elif self._held_out in (None, is_held_out(document, self._config.val_fraction, self.source.hash_range)):
+                elif self._held_out is None or self._held_out == is_held_out(
+                    document, self._config.val_fraction, self.source.hash_range
+                ):
                     self._barren = False
                     return document
             self._end_window()

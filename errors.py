@@ -30,8 +30,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     """Run a script's main; turn what a person can mend into one line on stderr and an exit code.
 
     Codes: 2 usage or settings (too large for the memory among them), 3 data, 4 checkpoint, 5 non-finite numbers,
-    6 disk, 75 stopped by a signal with everything saved (run again with --resume), 129, 130 or 143 ended by a signal
-    before training or by the third one, 141 the reader of the output has gone.
+    6 disk, 7 the hub cannot be reached, 75 stopped by a signal with everything saved (run again with --resume), 129,
+    130 or 143 ended by a signal before training or by the third one, 141 the reader of the output has gone.
     Any other error keeps its traceback: it is a mistake of the code.
     """
     if sys.stdout is None:  # closed by the caller, as with >&-

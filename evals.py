@@ -63,6 +63,8 @@ class Arguments(EvalConfig):
         path = Path(checkpoint).expanduser()
         of = Path(self.held_out_of).expanduser().resolve() if self.held_out_of else None
         which = f"-{of.name}" if of else ""
+        if of and of.name.startswith("step-"):
+            which = f"-{of.parent.name}{which}"
         suffix = (f"-{self.val_tokens}" if self.val_tokens else "") + (f"-limit{self.limit}" if self.limit else "")
         suffix += f"-{self.precision}" if self.precision != "auto" else ""
         if checkpoint.count("/") == 1 and not path.parent.exists():  # a name on the hub

@@ -1,6 +1,7 @@
 """Write text with a trained model:  python generate.py <checkpoint> --prompt "Once upon a time"
 
-<checkpoint> is a run's folder (its newest checkpoint) or one of its step-* folders.
+<checkpoint> is a run's folder (its newest checkpoint), one of its step-* folders, or a model of Hugging Face's that can
+be imported.
 """
 
 from __future__ import annotations

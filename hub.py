@@ -49,7 +49,9 @@ class DataError(UserError):
 
 
 class HubUnreachable(DataError):
-    """No connection to the hub, or none that lasts."""
+    """No connection to the hub, or none that lasts: what start.sh's runs try again for as long as it takes."""
+
+    exit_code = 7
 
 
 class DatasetMissing(DataError):
@@ -221,7 +223,7 @@ def seconds_to_wait(error: Exception) -> float | None:
 def as_data_error(error: Exception, what: str) -> Exception:
     """The DataError, with its remedy, that an exception of the hub's client means; others as they are."""
     if isinstance(error, OfflineModeIsEnabled):
-        return HubUnreachable(
+        return DataError(
             f"HF_HUB_OFFLINE is set, so {what} cannot be read; unset it, or train on your own files with "
             f"--data.current_datasets LOCAL, or on the demo text with --preset demo"
         )

@@ -399,9 +399,8 @@ class DatasetPrep:
             n_rows = min(n_rows, n_whole)
             starts = T * ((np.arange(n_rows) + 0.5) * n_whole / n_rows).astype(int)
             table = np.stack([np.append(number[i], ids[i : i + T + 1]) for i in starts]).astype(np.uint32)
-            with whole_file(path) as file:
+            with contextlib.suppress(OSError), whole_file(path) as file:  # where that cannot be, they are packed again
                 np.save(file, table)
-            table = np.load(path, mmap_mode="r")
         rows = table[:, 1:]
         begins = np.cumsum(rows[:, 1:-1] == eot_id, axis=1)  # documents within the row
         return HeldOut(rows, table[:, :1].astype(int) + np.pad(begins, ((0, 0), (1, 0))))
@@ -655,7 +654,9 @@ def write(config: PrepareConfig, data: DatasetPrep) -> int:
         folder, data.sources, data.tokenizer, config.data, config.n_shards, config.processes or os.cpu_count() or 1
     )
     for name, ready in progress:
-        bar = bars.setdefault(name, tqdm(total=config.n_shards, desc=name, unit="shard", disable=None))
+        if name not in bars:
+            bars[name] = tqdm(total=config.n_shards, desc=name, unit="shard", disable=None)
+        bar = bars[name]
         bar.update(ready - bar.n)
         if ready == config.n_shards:
             bar.close()

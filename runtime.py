@@ -46,10 +46,10 @@ def check_launcher() -> None:
 
     For one process, sets two variables of NCCL's that accelerate, started after this, may demand.
     """
-    if processes() == 1:  # on cards of the RTX 40 series with an old driver, and though NCCL is not used
+    if (n_processes := processes()) == 1:  # on cards of the RTX 40 series with an old driver, though NCCL is not used
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
-    if (n_processes := processes()) > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+    elif not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise ConfigError(
             f"WORLD_SIZE is {n_processes} in the environment, but RANK and MASTER_ADDR, which a launcher sets as well, "
             f"are not; unset it, or start with torchrun or accelerate launch"

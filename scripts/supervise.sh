@@ -2,9 +2,9 @@
 # Keeps a training run going:  scripts/supervise.sh LOCK COMMAND...   (start.sh runs it, in a session of its own)
 #
 # A run that died is started again after 10 s, 20 s, ... 10 minutes. This ends, with the run's exit code, when the run is
-# complete (0), was stopped (75, or SIGTERM to this script), was refused (2 to 5: starting it again would not help), or
-# has died 5 times in a row without a new checkpoint. A full disk (6) does not count: somebody may free some space; nor
-# does waiting in vain for other machines.
+# complete (0), was stopped (75, or SIGTERM to this script), was refused (2 to 5, or before its first checkpoint 7:
+# starting it again would not help), or has died 5 times in a row without a new checkpoint. A full disk (6) and a hub
+# that does not answer (7) do not count, since both may end by themselves; nor does waiting in vain for other machines.
 # LOCK, in the run's folder, holds this script's process number, and at the end the exit code behind it.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -89,8 +89,7 @@ while ((stops == 0)); do
   step=$(newest_step)
   if ((stops)); then break; fi
   # After a new checkpoint what was refused is worth a second start: memory that another program took, a damaged file.
-  # Data (3) that was there at the last checkpoint may come back, as a hub does after an outage.
-  if [[ $code == [2-5] ]] && ((step <= highest)) && [[ $code != 3 || ! $step ]]; then
+  if [[ $code == [2-5] || ($code == 7 && ! $step) ]] && ((step <= highest)); then
     finish "the run ended with exit code $code, as said above; starting it again would not help"
   fi
   if ((step > highest)); then
@@ -99,7 +98,7 @@ while ((stops == 0)); do
     ((${NUM_MACHINES:-1} > 1 && waited >= wait_for_machines && waited < 3 * wait_for_machines)); then
     # Launchers wait 15 minutes for them; for NCCL, which cannot connect, processes wait an hour.
     note "no step was done in $waited s, as when the other machines do not come: waiting on"
-  elif ((code != 6 && code != 3)); then
+  elif ((code != 6 && code != 7)); then
     ((++failures))
   fi
   highest=$step # lower than before when the newest was damaged

@@ -857,6 +857,16 @@ def test_held_out_rows_are_mapped_from_disk_and_the_same_for_every_process(
     assert np.array_equal(made[0][:-1, -1], made[0][1:, 0])
 
 
+def test_held_out_rows_are_made_again_where_they_cannot_be_kept(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 200))
+    config = config_of(tmp_path, path)
+    with opened(config) as data:
+        rows, tokenizer = data.validation_rows()["LOCAL"].rows, data.tokenizer
+    nowhere = dataclasses.replace(config, cache_dir=str(path / "cache"))  # as on a laptop, of a run on a box
+    with opened(nowhere, tokenizer=tokenizer) as data:
+        assert np.array_equal(data.validation_rows()["LOCAL"].rows, rows)
+
+
 def test_held_out_rows_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts_of("d", 200))
     config = config_of(tmp_path, path)

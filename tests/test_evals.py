@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,19 @@ def test_a_perplexity_beyond_its_column_does_not_push_the_others_aside() -> None
     assert len({len(line) for line in lines}) == 1
     assert len(lines[0]) <= 100
     assert " 6.2e+06 +- 9.7e+06 " in lines[1]
+
+
+def test_what_each_run_holds_out_has_a_file_of_its_own_also_where_two_checkpoints_are_of_one_step(
+    tmp_path: Path,
+) -> None:
+    names = set()
+    for name in ("one", "other", "third"):
+        (tmp_path / name / "step-00000010").mkdir(parents=True)
+        (tmp_path / name / "step-00000010" / "manifest.json").touch()
+    for held_out_of in ("one", "one/step-00000010", "other", "other/step-00000010"):
+        arguments = evals.Arguments(checkpoint="", held_out_of=str(tmp_path / held_out_of))
+        names.add(arguments.results_of(str(tmp_path / "third"))[0].name)
+    assert len(names) == 4
 
 
 def test_a_negative_number_of_tokens_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

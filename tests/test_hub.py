@@ -184,9 +184,9 @@ def script(endpoint: str, *options: str, **environment: str) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
 
 
-def assert_refused(done: Finished, *said: str) -> None:
-    """Exit code 3 and one line, soon, that says this and no secret."""
-    assert done.code == 3, done.err
+def assert_refused(done: Finished, *said: str, code: int = 3) -> None:
+    """This exit code and one line, soon, that says this and no secret."""
+    assert done.code == code, done.err
     assert done.err.startswith("error: ")
     assert len(done.err.splitlines()) == 1, done.err
     for words in said:
@@ -449,13 +449,13 @@ def test_an_unreachable_hub_is_told_with_what_to_do_without_it(root: Path) -> No
     with Hub(root) as gone:
         pass
     done = script(gone.endpoint)
-    assert_refused(done, f"cannot read HuggingFaceFW/fineweb from {gone.endpoint}", "--preset demo", "LOCAL")
+    assert_refused(done, f"cannot read HuggingFaceFW/fineweb from {gone.endpoint}", "--preset demo", "LOCAL", code=7)
     assert done.seconds < 10
 
 
 def test_a_proxy_s_own_page_is_an_unreachable_hub(hub: Hub) -> None:
     hub.faults = lambda path: Fault(truncate_to=10)
-    assert_refused(script(hub.endpoint), "cannot read HuggingFaceFW/fineweb", "Check the network")
+    assert_refused(script(hub.endpoint), "cannot read HuggingFaceFW/fineweb", "Check the network", code=7)
 
 
 @pytest.mark.slow
@@ -464,7 +464,7 @@ def test_a_hub_that_never_answers_is_unreachable_within_15_seconds(root: Path) -
         hub.faults = lambda path: Fault(stall=60) if "/tree/" in path else None
         with ThreadPoolExecutor() as pool:
             for done in pool.map(script, [f"http://127.0.0.1:{silent.getsockname()[1]}", hub.endpoint]):
-                assert_refused(done, "cannot read HuggingFaceFW/fineweb", "Check the network")
+                assert_refused(done, "cannot read HuggingFaceFW/fineweb", "Check the network", code=7)
 
 
 def test_hub_offline_is_said_to_be_the_reason(hub: Hub) -> None:
@@ -483,7 +483,7 @@ def test_a_dataset_that_does_not_exist_is_told_from_one_that_is_gated(hub: Hub, 
 
 @pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "127.0.0.1"}, {"HF_TOKEN": "hf_abc…"}], ids=str)
 def test_what_is_mistyped_in_the_environment_is_named(hub: Hub, environment: dict[str, str]) -> None:
-    assert_refused(script(hub.endpoint, **environment), "Check the network, HF_ENDPOINT and HF_TOKEN")
+    assert_refused(script(hub.endpoint, **environment), "Check the network, HF_ENDPOINT and HF_TOKEN", code=7)
 
 
 def test_a_configuration_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path) -> None:

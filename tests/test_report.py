@@ -68,6 +68,15 @@ def test_the_end_of_a_run_between_two_logged_steps_is_that_of_its_last_validatio
     assert report.load_run(folder, "run").last["step"] == 67
 
 
+def test_results_of_single_documents_are_not_shown(tmp_path: Path):
+    folder = make_run(tmp_path / "run", 60)
+    scores = {"held_out": {"all": {"loss": 3.25}}, "by_document": {"A": [[1.5, 2.5]]}}
+    (folder / "eval-00000060.json").write_text(json.dumps({"step": 60, **scores}))
+    page = write_report(folder, output=tmp_path / "page.html").read_text()
+    assert "<h3>held out</h3>" in page
+    assert "by document" not in page
+
+
 def test_many_lines_become_few_points_that_keep_mean_and_extremes(tmp_path: Path):
     values = np.random.default_rng(0).normal(size=99_991)
     values[5], values[70_000] = np.nan, 1000

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -74,6 +79,22 @@ def options(folder: Path, *files: Path, **changes: Any) -> list[str]:
 def write(folder: Path, *files: Path, **changes: Any) -> int:
     """The exit code of writing shards."""
     return exit_code_of(lambda: prepare_data.main(options(folder, *files, **changes)))
+
+
+def test_on_a_terminal_each_dataset_has_one_bar(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"{n} " * 50 for n in range(200)))
+    words = options(tmp_path, tmp_path / "texts.txt")
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with subprocess.Popen([sys.executable, str(ROOT / "prepare_data.py"), *words], stderr=its_end) as process:
+        os.close(its_end)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: all who wrote to it have gone
+            while piece := os.read(terminal, 10_000):
+                shown += piece
+    os.close(terminal)
+    assert process.returncode == 0, shown
+    assert shown.decode().count("LOCAL:   0%") == 1
 
 
 def shards_in(folder: Path) -> dict[str, bytes]:

@@ -829,13 +829,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(hasty: Rep
     assert len(hasty.ran) == 2
 
 
-@pytest.mark.parametrize("code", [2, 3, 4, 5, 75])
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 7, 75])
 @pytest.mark.parametrize("n_gpus", [1, 8])
 def test_a_refused_or_stopped_run_is_not_started_again(hasty: Repo, code: int, n_gpus: int) -> None:
     hasty.gpus(*["NVIDIA L4"] * n_gpus)
     hasty.env["FAKE_ATTEMPTS"] = f"0/-/{code}" if n_gpus == 1 else f"0/{code}/1"  # a launcher ends with 1 in any case
     assert hasty.start().returncode == code
     assert len(hasty.ran) == 1
+
+
+def test_data_that_is_refused_behind_a_checkpoint_ends_the_run_and_a_hub_that_is_away_does_not(hasty: Repo) -> None:
+    hasty.env["FAKE_ATTEMPTS"] = "300/-/7 " + "0/-/7 " * 9 + "400/-/3 0/-/3 0/-/0"
+    result = hasty.start()
+    assert (result.returncode, len(hasty.ran)) == (3, 12), result.stdout
+    assert "starting it again would not help" in result.stdout
 
 
 def test_the_status_of_an_earlier_run_is_not_taken_for_this_ones(hasty: Repo) -> None:
