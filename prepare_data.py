@@ -399,8 +399,10 @@ class DatasetPrep:
             n_rows = min(n_rows, n_whole)
             starts = T * ((np.arange(n_rows) + 0.5) * n_whole / n_rows).astype(int)
             table = np.stack([np.append(number[i], ids[i : i + T + 1]) for i in starts]).astype(np.uint32)
-            with contextlib.suppress(OSError), whole_file(path) as file:  # where that cannot be, they are packed again
-                np.save(file, table)
+            with contextlib.suppress(OSError):  # where they cannot be kept, they are made again
+                with whole_file(path) as file:
+                    np.save(file, table)
+                table = np.load(path, mmap_mode="r")
         rows = table[:, 1:]
         begins = np.cumsum(rows[:, 1:-1] == eot_id, axis=1)  # documents within the row
         return HeldOut(rows, table[:, :1].astype(int) + np.pad(begins, ((0, 0), (1, 0))))
