@@ -431,6 +431,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
     "muon-mlp-in-64s": muon_in_parts(64, 64),
+    "muon-mlp-in-256s": muon_in_parts(256, 256),
+    "muon-mlp-in-128s": muon_in_parts(128, 128),
     "muon-mlp-in-32s": muon_in_parts(32, 32),
     "muon-mlp-in-16s": muon_in_parts(16, 16),
     "muon-all-in-64s": muon_in_parts(64, 64, 64),
