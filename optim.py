@@ -115,8 +115,13 @@ def orthogonalize_divided(
     torch.stack(parts, out=stacked)
     ours = trade(stacked, Shard(1), Shard(0))  # (our n, rows, columns)
     del stacked
-    directions = [orthogonalize(part) * output_scale(part.shape[1:]) for part in ours.split(rows, dim=1)]
-    return trade(torch.cat(directions, dim=1), Shard(0), Shard(1))
+    parts_of_ours = list(ours.split(rows, dim=1))
+    for size in set(rows):
+        alike = [i for i, n_rows in enumerate(rows) if n_rows == size]
+        directions = orthogonalize(torch.cat([parts_of_ours[i] for i in alike])) * output_scale((size, width))
+        for i, direction in zip(alike, directions.split([len(ours)] * len(alike)), strict=True):
+            parts_of_ours[i] = direction
+    return trade(torch.cat(parts_of_ours, dim=1), Shard(0), Shard(1))
 
 
 def output_scale(shape: Sequence[int]) -> float:

@@ -218,10 +218,9 @@ def muon_by_kind() -> None:
 
     def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
         c, found = self.config, []
-        heads = c.n_heads + 2 * c.n_kv_heads
         by_kind = tuple(n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
-        for weight, rows in plain(self):
-            found.append((weight, by_kind if len(rows) == heads > 2 else rows))
+        for i, (weight, rows) in enumerate(plain(self)):  # four of each block, this one first
+            found.append((weight, rows if i % 4 else by_kind))
         return found
 
     GPT.block_matrices = block_matrices  # type: ignore[method-assign]
@@ -237,12 +236,14 @@ def muon_in_parts(up: int, down: int, out: int = 2**62) -> Callable[[], None]:
     """So many neighbouring rows of gate and up, of down and of attention's output are a matrix of their own."""
     plain = GPT.block_matrices
 
+    def in_parts(rows: int, size: int) -> tuple[int, ...]:
+        return tuple(min(size, rows - first) for first in range(0, rows, size))
+
     def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
-        found = []
-        for weight, rows in plain(self):
-            size = {(2, self.config.d_model): up, (1, self.config.d_ff): down}.get((len(rows), weight.size(1)))
-            size = out if weight.size(0) == weight.size(1) else size or 2**62
-            found.append((weight, tuple(n for row in rows for n in [size] * (row // size) + [row % size] if n)))
+        c, found = self.config, []
+        for i, (weight, rows) in enumerate(plain(self)):  # four of each block
+            of_mlp = in_parts(c.d_ff, up) * (1 + (c.mlp == "swiglu"))
+            found.append((weight, (rows, in_parts(c.d_model, out), of_mlp, in_parts(c.d_model, down))[i % 4]))
         return found
 
     def change() -> None:
@@ -430,8 +431,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "momentum-0.9": momentum_of(0.9),
     "muon-by-kind": muon_by_kind,
     "muon-unsplit": muon_unsplit,
-    "muon-mlp-in-64s": muon_in_parts(64, 64),
-    "muon-mlp-in-256s": muon_in_parts(256, 256),
+    "muon-mlp-whole": muon_in_parts(2**62, 2**62),
     "muon-mlp-in-128s": muon_in_parts(128, 128),
     "muon-mlp-in-32s": muon_in_parts(32, 32),
     "muon-mlp-in-16s": muon_in_parts(16, 16),

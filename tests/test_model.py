@@ -241,6 +241,13 @@ def test_block_matrices_are_all_matrices_of_the_blocks_cut_into_whole_rows(tiny_
     assert all(sum(rows) == p.size(0) for p, rows in matrices)
 
 
+@pytest.mark.parametrize(("mlp", "up"), [("swiglu", (64, 64, 48) * 2), ("relu2", (64, 64, 48))])
+def test_the_parts_of_an_mlp_never_mix_gate_and_up(mlp: Any, up: tuple[int, ...]):
+    config = GPTConfig(d_model=96, n_layers=1, n_heads=2, n_kv_heads=1, max_length=8, d_ff=176, mlp=mlp).resolved(50)
+    parts = [rows for _, rows in GPT(config).block_matrices()]
+    assert parts == [(48,) * 4, (96,), up, (64, 32)]
+
+
 # ---- rotary positions ----------------------------------------------------------------------
 
 

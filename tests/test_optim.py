@@ -218,7 +218,7 @@ def divided_muon_steps(rank: int, world_size: int, folder: str) -> None:
     if world_size > 1:
         optim.NUMBERS_AT_ONCE = 1
     generator = torch.Generator().manual_seed(0)
-    rows = [(32, 32, 32), (17,), (1,)] * 3  # in two processes parts end within a matrix, are unequal, or empty
+    rows = [(32, 32, 32), (17,), (1,), (32, 8, 32, 8)] * 3  # parts end within a matrix, are unequal, or empty
     weights: Sequence[Tensor] = [torch.randn(sum(r), 32, generator=generator) for r in rows]
     gradients: Sequence[Tensor] = [torch.randn(w.shape, generator=generator) for w in weights]
     if world_size > 1:
