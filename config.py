@@ -268,11 +268,6 @@ class TrainingConfig:
             f"4e-3 for a small one (at most 0.01)",
         )
         _require(
-            self.lr <= 1,
-            f"train.lr is {self.lr}; use at most 1: Muon moves a matrix's outputs by about so much a step, and the "
-            f"presets have 0.02 and 0.03",
-        )
-        _require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.run_name) is not None,
             f"train.run_name is {self.run_name!r}; use letters, digits, '.', '_' and '-'",
         )
@@ -542,7 +537,7 @@ def load_config(argv: Sequence[str] | None, description: str, kind: type[AnyConf
         switch: Any = default
         for name in names:
             switch = getattr(switch, name, None)
-        if isinstance(switch, bool) and value.lower() in ("true", "false"):
+        if option.startswith("--") and isinstance(switch, bool) and value.lower() in ("true", "false"):
             off = ".".join([*names[:-1], f"no_{names[-1]}"])
             raise ConfigError(f"{option} is a switch, without a value: --{'.'.join(names)} is on, --{off} off")
     config = parse_arguments(kind, arguments, default=default, description=description)

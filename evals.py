@@ -47,7 +47,7 @@ class Arguments(EvalConfig):
     held_out_of: str = ""  # another run, whose held-out documents to use: such as one begun with --init_from
     local_files: tuple[str, ...] = ()  # where the text of LOCAL is now; empty: where it was in training
     shards_dir: str = ""  # where the shards are now; empty: where they were in training
-    output: str = ""  # empty: eval-<step>[-<run>][-<val_tokens>][-limit<n>][-fp32].json in the run's folder
+    output: str = ""  # empty: eval-<step>[-<run>[-<step>]][-<val_tokens>][-limit<n>][-fp32].json in the run's folder
 
     def validate(self) -> None:
         super().validate()

@@ -6,6 +6,7 @@ be imported.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
@@ -51,7 +52,8 @@ class Arguments(GenerationConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if len(words) > 1 and not any(word.startswith("-") for word in words[:2]):
-        raise ConfigError(f"{words[1]!r} is no option; a text is given as --prompt {shlex.quote(words[1])}")
+        typed = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
+        raise ConfigError(f"{words[1]!r} is no option; a text is given as --prompt {shlex.quote(typed)}")
     arguments = parse_arguments(Arguments, argv)
     arguments.validate()
     if arguments.temperature == 0 and arguments.num_samples > 1:

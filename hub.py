@@ -7,6 +7,7 @@ and its readers start a file again from its beginning.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import posixpath
@@ -199,7 +200,7 @@ class HubFile(io.RawIOBase):
         )
         hf_raise_for_status(response)
         if len(response.content) != wanted:
-            raise EOFError(f"{self._url}: {len(response.content)} bytes came instead of {wanted}")
+            raise ConnectionError(f"{self._url}: {len(response.content)} bytes came instead of {wanted}")
         buffer[:wanted] = response.content
         self._position += wanted
         return wanted
@@ -239,10 +240,13 @@ def as_data_error(error: Exception, what: str) -> Exception:
         return DatasetGated(f"{constants.ENDPOINT} refuses {what} ({error.response.status_code}): set HF_TOKEN")
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 404:
         return DatasetMissing(f"{constants.ENDPOINT} has no {what}")
+    if isinstance(error, (gzip.BadGzipFile, zlib.error, EOFError)):  # after all tries: not a fault of the network
+        return DataError(f"{what} is damaged on {constants.ENDPOINT} ({error}); choose another revision, or other data")
     # A proxy's own page; a token with a letter that no header may have; redirections without end.
     misled = json.JSONDecodeError, UnicodeEncodeError, httpx2.RequestError
     if seconds_to_wait(error) is not None or isinstance(error, misled):
-        return HubUnreachable(
+        mistyped = isinstance(error, (UnicodeEncodeError, httpx2.UnsupportedProtocol))  # no waiting mends that
+        return (DataError if mistyped else HubUnreachable)(
             f"cannot read {what} from {constants.ENDPOINT} ({type(error).__name__}). Check the network, HF_ENDPOINT "
             f"and HF_TOKEN; or train without the hub: --preset demo, or your own files with "
             f"--data.current_datasets LOCAL --data.dataset_probabilities 1 --data.local_files FILE"

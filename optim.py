@@ -118,9 +118,11 @@ def orthogonalize_divided(
     parts_of_ours = list(ours.split(rows, dim=1))
     for size in set(rows):
         alike = [i for i, n_rows in enumerate(rows) if n_rows == size]
-        directions = orthogonalize(torch.cat([parts_of_ours[i] for i in alike])) * output_scale((size, width))
-        for i, direction in zip(alike, directions.split([len(ours)] * len(alike)), strict=True):
-            parts_of_ours[i] = direction
+        at_once = max(1, NUMBERS_AT_ONCE // max(1, len(ours) * size * width))
+        for some in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
+            directions = orthogonalize(torch.cat([parts_of_ours[i] for i in some])) * output_scale((size, width))
+            for i, direction in zip(some, directions.split([len(ours)] * len(some)), strict=True):
+                parts_of_ours[i] = direction
     return trade(torch.cat(parts_of_ours, dim=1), Shard(0), Shard(1))
 
 

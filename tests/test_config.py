@@ -290,6 +290,8 @@ def test_who_comes_from_another_trainer_is_told_our_name_of_a_setting(options: l
 
 def test_a_text_may_be_a_word_that_is_no_value_of_a_switch():
     assert load_config(["--train.run_name", "false"], "", Config).train.run_name == "false"
+    prompts = ["resume", "true", "train.fsdp=true"]
+    assert load_config(["--eval.prompts", *prompts], "", Config).eval.prompts == (*prompts,)
 
 
 def test_names_of_other_trainers_are_none_of_ours_and_lead_to_ours():

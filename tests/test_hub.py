@@ -7,6 +7,7 @@ so what reads runs in a process of its own: the script, or one worker that the t
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -19,12 +20,14 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,7 +36,7 @@ import documents
 import prepare_data
 from config import DATASETS, DataConfig, Dataset
 from documents import DocumentStream
-from hub import ConfigOrSplitMissing, DatasetGated, DatasetMissing, HubUnreachable
+from hub import ConfigOrSplitMissing, DataError, DatasetGated, DatasetMissing, HubUnreachable, as_data_error
 from prepare_data import DatasetPrep, StateMismatch
 from sources import CorruptRecord, Source, resolve_source
 from tests.loopback_hub import (
@@ -442,6 +445,24 @@ def test_a_damaged_parquet_footer_is_named_and_not_taken_for_a_network_that_fail
     assert len(resolved(hub)) < 6  # of ten tries, with pauses, some 20
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (gzip.BadGzipFile("CRC check failed"), 3),
+        (zlib.error("invalid distance"), 3),
+        (EOFError("ended before the end-of-stream marker"), 3),
+        (ConnectionError("10 bytes came instead of 20"), 7),
+        (httpx2.ConnectError("refused"), 7),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_damaged_file_ends_a_run_and_a_connection_that_fails_is_worth_another_start(error: Exception, code: int):
+    explained = as_data_error(error, "allenai/c4")
+    assert isinstance(explained, DataError)
+    assert explained.exit_code == code
+    assert "allenai/c4" in str(explained)
+
+
 # ---- the script -----------------------------------------------------------------------------------------
 
 
@@ -483,7 +504,7 @@ def test_a_dataset_that_does_not_exist_is_told_from_one_that_is_gated(hub: Hub, 
 
 @pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "127.0.0.1"}, {"HF_TOKEN": "hf_abc…"}], ids=str)
 def test_what_is_mistyped_in_the_environment_is_named(hub: Hub, environment: dict[str, str]) -> None:
-    assert_refused(script(hub.endpoint, **environment), "Check the network, HF_ENDPOINT and HF_TOKEN", code=7)
+    assert_refused(script(hub.endpoint, **environment), "Check the network, HF_ENDPOINT and HF_TOKEN")
 
 
 def test_a_configuration_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path) -> None:

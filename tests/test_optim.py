@@ -218,19 +218,19 @@ def divided_muon_steps(rank: int, world_size: int, folder: str) -> None:
     if world_size > 1:
         optim.NUMBERS_AT_ONCE = 1
     generator = torch.Generator().manual_seed(0)
-    rows = [(32, 32, 32), (17,), (1,), (32, 8, 32, 8)] * 3  # parts end within a matrix, are unequal, or empty
+    rows = [(32, 32, 32), (17,), (1,), (32, 8, 32, 8), (64, 64)] * 3  # some end within a matrix, are unequal, or empty
     weights: Sequence[Tensor] = [torch.randn(sum(r), 32, generator=generator) for r in rows]
     gradients: Sequence[Tensor] = [torch.randn(w.shape, generator=generator) for w in weights]
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
         mesh = init_device_mesh("cpu", (world_size,))
         weights, gradients = ([distribute_tensor(x, mesh, [Shard(0)]) for x in xs] for xs in (weights, gradients))
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.requires_grad_().grad = gradient
     muon = Muon(list(zip(weights, rows, strict=True)), lr=0.1, momentum=0.9, weight_decay=0.1)
     with FlopCounterMode(display=False) as counter:
-        muon.step()
-        muon.step()
+        for _ in range(2):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.requires_grad_().grad = gradient.clone()  # a step overwrites it
+            muon.step()
     momenta = [muon.state[w]["momentum"] for w in weights]
     whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in (*weights, *momenta)]
     held = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in momenta)

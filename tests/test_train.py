@@ -180,7 +180,8 @@ def test_two_processes_equal_one_and_hand_over_to_one(runs: Runs) -> None:
     assert_same_training(runs, "two", "big")
     two, one = ([r["datasets"] for r in runs.records(name) if r["kind"] == "validation"][-1] for name in ("two", "big"))
     for name, score in one.items():
-        assert two[name] == pytest.approx(score, rel=1e-4)
+        for key, value in score.items():  # a token may be the fifth likeliest in one and the sixth in the other
+            assert two[name][key] == pytest.approx(value, rel=1e-4, abs=1e-3 if "top" in key else 0), key
     # The same rows per step on one device: accumulation makes up for the other one.
     out, _ = runs("two", *options, "--train.max_steps", "22", "--resume")
     assert "2 rows x 2 accumulated x 1 devices" in out
@@ -331,7 +332,7 @@ def test_the_default_preset_without_a_hub_says_so_in_one_line_and_15_seconds(tmp
     started = time.monotonic()
     command = [sys.executable, str(ROOT / "train.py"), "--train.out_dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3
+    assert done.returncode == 7
     assert time.monotonic() - started < 15
     assert len(done.stderr.strip().splitlines()) == 1
     for hint in ("--preset demo", "LOCAL", "HF_ENDPOINT", "HF_TOKEN"):
