@@ -34,9 +34,9 @@ ENTRIES_AT_ONCE = 12_800
 ROWS_TOGETHER = 64
 
 
-def in_parts(rows: int) -> tuple[int, ...]:
-    """So many rows as parts of ROWS_TOGETHER; the last one may be smaller."""
-    return tuple(min(ROWS_TOGETHER, rows - first) for first in range(0, rows, ROWS_TOGETHER))
+def in_parts(rows: int, size: int = ROWS_TOGETHER) -> tuple[int, ...]:
+    """So many rows as parts of this size; the last one may be smaller."""
+    return tuple(min(size, rows - first) for first in range(0, rows, size))
 
 
 class Linear(nn.Linear):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import optim
-from model import GPT, Attention, Block
+from model import GPT, Attention, Block, in_parts
 from prepare_data import IGNORED, Batch, DatasetPrep
 
 STEP = [0]  # optimizer steps done, for schedules
@@ -235,9 +235,6 @@ def muon_unsplit() -> None:
 def muon_in_parts(up: int, down: int, out: int = 2**62) -> Callable[[], None]:
     """So many neighbouring rows of gate and up, of down and of attention's output are a matrix of their own."""
     plain = GPT.block_matrices
-
-    def in_parts(rows: int, size: int) -> tuple[int, ...]:
-        return tuple(min(size, rows - first) for first in range(0, rows, size))
 
     def block_matrices(self: GPT) -> list[tuple[Tensor, tuple[int, ...]]]:
         c, found = self.config, []
